@@ -1,0 +1,35 @@
+"""convbasis: causal attention and lower-triangular matrices in the conv basis."""
+
+from .attention import AttentionStats, conv_basis_attention, conv_basis_attention_stats
+from .basis import ConvBasis
+from .decompose import decompose
+from .dispatch import Dispatch, last_dispatch
+from .errors import (
+    ConvBasisError,
+    ConvBasisWarning,
+    FileFormatError,
+    InputError,
+    MissingExtraError,
+)
+from .planted import PlantedQK, planted_qk
+from .recover import recover
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttentionStats",
+    "ConvBasis",
+    "ConvBasisError",
+    "ConvBasisWarning",
+    "Dispatch",
+    "FileFormatError",
+    "InputError",
+    "MissingExtraError",
+    "PlantedQK",
+    "conv_basis_attention",
+    "conv_basis_attention_stats",
+    "decompose",
+    "last_dispatch",
+    "planted_qk",
+    "recover",
+]

@@ -1,0 +1,340 @@
+"""conv_basis_attention: causal softmax attention whose logits are replaced by a conv basis."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..basis import ConvBasis
+from ..checks import (
+    check_alike,
+    check_finite,
+    check_float_tensor,
+    check_positive_int,
+    check_scale,
+    compute_dtype,
+    describe,
+)
+from ..convolve import DEFAULT_MAX_BYTES
+from ..convolve.segments import lag_mask
+from ..dispatch import Dispatch, record_dispatch
+from ..errors import InputError
+from ..logits import segment_logits
+from .forward import Forward, conv_basis_fwd
+from .segments import check_segments, resolve_starts
+
+
+class AttentionStats(NamedTuple):
+    """Attention output with what is known about it."""
+
+    output: Tensor
+    """``(B, H, n, d_v)``, dtype of the query."""
+    lse: Tensor
+    """``(B, H, n)`` natural log of the normaliser; -inf where no key is visible."""
+    basis: ConvBasis
+    """The conv basis of the logits, batch ``(B, H)``, with the starts in use."""
+    error_estimate: Tensor | None
+    """None: the approximation error is not estimated."""
+    dispatch: Dispatch
+    """What ran, and how many rows and heads were evaluated directly."""
+
+
+def conv_basis_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    num_bases: int | None = None,
+    starts: Tensor | Sequence[int] | None = None,
+    segment_length: int | None = None,
+    window: int = 1,
+    delta: float | None = None,
+    epsilon: float = 0.0,
+    search: str = "linear",
+    scale: float | None = None,
+    is_causal: bool = True,
+    enable_gqa: bool = False,
+    key_padding_mask: Tensor | None = None,
+    backend: str = "auto",
+    max_bytes: int | None = None,
+) -> Tensor:
+    """Return causal softmax attention with the logits replaced by a conv basis.
+
+    The keys are split into k contiguous segments; in segment r, which begins at key s, the logit of
+    query i and key j is taken to be ``scale · q[s + i - j]·k[s]``. This is exact where the logits
+    have that structure, and an approximation elsewhere, whose error nothing bounds on arbitrary input.
+    The segments are chosen by exactly one of `starts`, `segment_length` and `num_bases`.
+
+    Args:
+        query: ``(B, H, n, d)``; float64, float32, bfloat16 or float16.
+        key: ``(B, H_kv, n, d)``, same dtype and device.
+        value: ``(B, H_kv, n, d_v)``, same dtype and device.
+        num_bases: recover at most this many segments for each head (see `recover`). Beside `starts`
+            it must equal their number.
+        starts: integers ``(k,)`` for all heads or ``(B, H, k)``: first key of each segment, the first
+            one 0, strictly increasing; n fills up shorter ones in ``(B, H, k)``.
+        segment_length: uniform segments of this many tokens.
+        window: for recovered segments, the number of lags compared, in tokens.
+        delta: for recovered segments, the least distance of two segments, in nats.
+        epsilon: for recovered segments, a known bound on the errors of the logits, in nats.
+        search: for recovered segments, ``"linear"`` or ``"binary"``.
+        scale: factor of the logits; ``1/sqrt(d)`` by default.
+        is_causal: must be True.
+        enable_gqa: allow H to be a multiple of H_kv; each key-value head then serves H / H_kv
+            consecutive query heads.
+        key_padding_mask: bool ``(B, n)``, True for a real token. Padding keys vanish from numerator and
+            normaliser; a segment that begins in padding takes its first real key. Entries of query,
+            key and value at padding are never used.
+        backend: ``"fft"``; ``"reference"``, direct evaluation in O(n^2) time; or ``"auto"``. It
+            changes how, never what is computed.
+        max_bytes: bound on the working memory of the transforms, in bytes; 256 MiB by default.
+
+    Returns:
+        ``(B, H, n, d_v)``, dtype and device of the query; 0 for rows that see no key. Half types are
+        computed in float32. Differentiable with respect to query, key and value, with the starts as
+        constants.
+
+    Raises:
+        InputError: (a ValueError) shapes, heads, dtypes, devices or options that do not fit; NaN or
+            Inf in a real token; ``is_causal=False``.
+
+    Causality:
+        With `starts` or `segment_length` row i depends on tokens 0..i alone (up to the rounding of a
+        transform). Recovered starts look ahead: a window of T lags sees T - 1 tokens more, and
+        ``search="binary"`` or ``delta=None`` see everything; only the linear scan with ``window=1``
+        and a given delta is causal.
+
+    Accuracy:
+        Worst row within 1e-4 (float32) or 1e-9 (float64) of the same conv basis evaluated directly:
+        rows that would drown in the rounding of a transform are found and evaluated from the
+        kernels, and a head that loses more than 2 % of its rows is evaluated directly as a whole,
+        which is logged as a warning.
+
+    Complexity:
+        O(k n d_v log n + k n d) time and O(n (d + d_v) + k n) memory for each head; direct heads take
+        O(n^2) time.
+
+    Source:
+        F2 to F5 of docs/mathematics.md; Conv-Basis (arXiv 2405.05219), Algorithm 1.
+
+    Example:
+        >>> import torch, convbasis as cb
+        >>> q, k, v = torch.randn(3, 1, 2, 300, 16).unbind()
+        >>> cb.conv_basis_attention(q, k, v, segment_length=64).shape
+        torch.Size([1, 2, 300, 16])
+    """
+    call = _attend(
+        query,
+        key,
+        value,
+        num_bases=num_bases,
+        starts=starts,
+        segment_length=segment_length,
+        window=window,
+        delta=delta,
+        epsilon=epsilon,
+        search=search,
+        scale=scale,
+        is_causal=is_causal,
+        enable_gqa=enable_gqa,
+        key_padding_mask=key_padding_mask,
+        backend=backend,
+        max_bytes=max_bytes,
+    )
+    return call.output
+
+
+def conv_basis_attention_stats(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    num_bases: int | None = None,
+    starts: Tensor | Sequence[int] | None = None,
+    segment_length: int | None = None,
+    window: int = 1,
+    delta: float | None = None,
+    epsilon: float = 0.0,
+    search: str = "linear",
+    scale: float | None = None,
+    is_causal: bool = True,
+    enable_gqa: bool = False,
+    key_padding_mask: Tensor | None = None,
+    backend: str = "auto",
+    max_bytes: int | None = None,
+) -> AttentionStats:
+    """Return `conv_basis_attention` with its log-sum-exp, conv basis and record of what ran.
+
+    Args, errors, causality, accuracy and cost are those of `conv_basis_attention`.
+
+    Returns:
+        `AttentionStats`.
+
+    Source:
+        F2 to F5.
+
+    Example:
+        >>> import torch, convbasis as cb
+        >>> q, k, v = torch.randn(3, 1, 2, 300, 16).unbind()
+        >>> cb.conv_basis_attention_stats(q, k, v, num_bases=4).basis.shape
+        torch.Size([1, 2, 300, 300])
+    """
+    call = _attend(
+        query,
+        key,
+        value,
+        num_bases=num_bases,
+        starts=starts,
+        segment_length=segment_length,
+        window=window,
+        delta=delta,
+        epsilon=epsilon,
+        search=search,
+        scale=scale,
+        is_causal=is_causal,
+        enable_gqa=enable_gqa,
+        key_padding_mask=key_padding_mask,
+        backend=backend,
+        max_bytes=max_bytes,
+    )
+    batch, heads, n, _ = query.shape
+    kept = call.logits.masked_fill(~lag_mask(call.starts, n), 0.0)
+    basis = ConvBasis._trusted(
+        kept.view(batch, heads, -1, n),
+        call.starts.expand(*call.logits.shape[:-1]).reshape(batch, heads, -1),
+    )
+    return AttentionStats(call.output, call.lse, basis, None, call.dispatch)
+
+
+class _Call(NamedTuple):
+    output: Tensor  # (B, H, n, d_v)
+    lse: Tensor  # (B, H, n)
+    logits: Tensor  # (P, R, k, n)
+    starts: Tensor  # (P, R, k) or (1, 1, k)
+    dispatch: Dispatch
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    num_bases: object,
+    starts: object,
+    segment_length: object,
+    window: object,
+    delta: object,
+    epsilon: object,
+    search: object,
+    scale: object,
+    is_causal: object,
+    enable_gqa: bool,
+    key_padding_mask: object,
+    backend: str,
+    max_bytes: object,
+) -> _Call:
+    _check_qkv(query, key, value, enable_gqa)
+    if is_causal is not True:
+        raise InputError(
+            f"is_causal={describe(is_causal)}: a conv basis is lower triangular, so attention is "
+            "causal; leave is_causal=True"
+        )
+    batch, heads, n, d = query.shape
+    kv_heads = key.shape[1]
+    factor = check_scale(scale, d)
+    budget = DEFAULT_MAX_BYTES
+    if max_bytes is not None:
+        budget = check_positive_int("max_bytes", max_bytes, "a number of bytes")
+    request = check_segments(
+        batch,
+        heads,
+        n,
+        query.device,
+        num_bases=num_bases,
+        starts=starts,
+        segment_length=segment_length,
+        window=window,
+        delta=delta,
+        epsilon=epsilon,
+        search=search,
+    )
+    mask = _check_mask(key_padding_mask, batch, n, query.device)
+    with torch.autocast(query.device.type, enabled=False):
+        work = compute_dtype(query.dtype)
+        tokens = None if mask is None else mask[:, None, :, None]
+        for name, tensor in (("query", query), ("key", key), ("value", value)):
+            check_finite(name, tensor, tokens)
+        query_, key_, value_ = (
+            tensor.to(work) if tokens is None else tensor.to(work).masked_fill(~tokens, 0.0)
+            for tensor in (query, key, value)
+        )
+        query_ = query_.reshape(batch * kv_heads, heads // kv_heads, n, d)
+        key_ = key_.reshape(batch * kv_heads, n, d)
+        value_ = value_.reshape(batch * kv_heads, 1, n, value.shape[-1])
+        real = None if mask is None else mask.repeat_interleave(kv_heads, dim=0)
+
+        used = resolve_starts(request, query_, key_, factor, real)
+        logits = segment_logits(query_, key_, used, factor)
+        if not bool((logits.detach() < torch.inf).all()):  # False for NaN too
+            raise InputError(
+                f"the logits scale·query·key overflow {work} (scale={factor}); make query and key "
+                "smaller"
+            )
+        forward: Forward = conv_basis_fwd(logits, used, value_, real, backend=backend, max_bytes=budget)
+    record_dispatch(forward.dispatch)
+    return _Call(
+        forward.output.reshape(batch, heads, n, -1).to(query.dtype),
+        forward.lse.reshape(batch, heads, n),
+        logits,
+        used,
+        forward.dispatch,
+    )
+
+
+def _check_qkv(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        check_float_tensor(name, tensor)
+        if tensor.ndim != 4:
+            raise InputError(
+                f"{name} has shape {tuple(tensor.shape)}; four dimensions (batch, heads, tokens, "
+                "features) are wanted: add the missing ones with [None]"
+            )
+        if tensor.numel() == 0:
+            raise InputError(f"{name} has shape {tuple(tensor.shape)}; it holds nothing")
+    check_alike(query=query, key=key, value=value)
+    (batch, heads, n, d), (_, kv_heads, _, _) = query.shape, key.shape
+    if key.shape[0] != batch or key.shape[2:] != query.shape[2:]:
+        raise InputError(
+            f"key has shape {tuple(key.shape)}; with query {tuple(query.shape)} it must be "
+            f"({batch}, heads, {n}, {d}): queries and keys of the same tokens"
+        )
+    if value.shape[:3] != key.shape[:3]:
+        raise InputError(
+            f"value has shape {tuple(value.shape)}; with key {tuple(key.shape)} it must be "
+            f"({batch}, {kv_heads}, {n}, d_v)"
+        )
+    if not enable_gqa and heads != kv_heads:
+        raise InputError(
+            f"key has {kv_heads} heads but query has {heads}; give enable_gqa=True if each "
+            "key-value head serves several query heads"
+        )
+    if heads % kv_heads:
+        raise InputError(
+            f"query has {heads} heads, which is no multiple of the {kv_heads} heads of key and value"
+        )
+
+
+def _check_mask(mask: object, batch: int, n: int, device: torch.device) -> Tensor | None:
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (batch, n):
+        raise InputError(
+            f"key_padding_mask is {describe(mask)}; a bool tensor of shape ({batch}, {n}), True for "
+            "real tokens, is wanted"
+        )
+    if mask.device != device:
+        raise InputError(f"key_padding_mask is on {mask.device} but query is on {device}")
+    return None if bool(mask.all()) else mask

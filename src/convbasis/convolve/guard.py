@@ -1,0 +1,63 @@
+"""Which rows of a product drown in the rounding of its transforms.
+
+The rounding of an FFT is spread evenly over all rows: it is relative to the largest ones, and a row
+that is small beside them can be all noise. Such a row is found here, to be evaluated directly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# The largest relative error of a row that passes.
+_TOLERANCE = {torch.float32: 3e-5, torch.float64: 1e-10}
+# In units of rounding, the error against |A||x| that a direct sum would have too: where terms cancel
+# in a row, direct evaluation would bring nothing.
+_INHERENT = 8.0
+# A head with a larger share of lost rows is evaluated directly as a whole.
+DIRECT_SHARE = 0.02
+
+
+def reached_rows(starts: Tensor, x: Tensor, *, transpose: bool = False) -> Tensor:
+    """Return False for the rows that see only zeros of x: their product is exactly zero.
+
+    Args:
+        starts: ``(P, R, k)`` or ``(1, 1, k)``.
+        x: ``(P, R, n, c)`` or ``(P, 1, n, c)``.
+        transpose: the product is with the transposes.
+
+    Returns:
+        bool ``(P, R, n)``, or with 1 in place of P or R.
+    """
+    n = x.shape[-2]
+    owned = torch.arange(n, device=x.device) >= starts[..., :1]
+    nonzero = (x.detach() != 0).any(-1)
+    if transpose:
+        return nonzero.flip(-1).cummax(-1).values.flip(-1) & owned
+    return (nonzero & owned).cummax(-1).values
+
+
+def lost_rows(
+    product: Tensor, noise: Tensor, reached: Tensor, magnitude: Callable[[], Tensor]
+) -> Tensor:
+    """Find the rows whose rounding error is too large to be used.
+
+    Args:
+        product: ``(P, R, n, c)``.
+        noise: ``(P, R, 1)`` or ``(P, R, n)``, expected error of a row in the Euclidean norm.
+        reached: what `reached_rows` says; the other rows are never lost.
+        magnitude: returns ``(P, R, n)``, the product of absolute values ``|A| |x|`` with ``|x|`` the
+            row norms of x; only called when some row is doubtful.
+
+    Returns:
+        bool ``(P, R, n)``, True where the row must be evaluated directly.
+    """
+    norms = torch.linalg.vector_norm(product.detach(), dim=-1, dtype=torch.float64)
+    finite = norms.isfinite()
+    doubtful = ~(finite & (noise <= _TOLERANCE[product.dtype] * norms)) & reached
+    if not bool(doubtful.any()):
+        return doubtful
+    inherent = _INHERENT * torch.finfo(product.dtype).eps * magnitude().double()
+    return doubtful & ~(finite & (noise <= inherent))

@@ -1,0 +1,112 @@
+"""Direct evaluation: kernels gathered into rows of the matrix, no transform, O(n^2) time.
+
+Every row is a sum over its own columns alone, in float64, so that rounding is relative to that row
+and nothing of a later token enters. It serves as the exact backend, for short sequences, and for the rows whose
+value a transform would lose in rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .segments import column_segments
+
+_BLOCK_ENTRIES = 1 << 21  # matrix entries gathered at a time: 8 MB of float32, 16 MB of indices
+
+
+def row_blocks(
+    kernels: Tensor, starts: Tensor, rows: Tensor, fill: float, *, transpose: bool = False
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Yield blocks of the given rows of segmented matrices, densely.
+
+    Args:
+        kernels: ``(G, k, n)``, k >= 1.
+        starts: ``(G, k)``.
+        rows: ``(G, m)`` row indices, ascending in each matrix.
+        fill: the entry of columns before the first start; entries above the diagonal get it too.
+        transpose: take the rows of the transposes instead.
+
+    Yields:
+        (matrices, positions, entries): a slice of G, a slice of the m rows, and the entries
+        ``(g, b, e)``, float64, of the columns 0..e-1; every column past e is above the diagonal.
+    """
+    groups, k, n = kernels.shape
+    count = rows.shape[-1]
+    per_group = max(1, _BLOCK_ENTRIES // n)
+    segment = column_segments(starts, n)
+    for g in range(0, groups, per_group):
+        part = slice(g, min(g + per_group, groups))
+        flat = kernels[part].reshape(-1, k * n)
+        position = 0
+        while position < count:
+            extent = n if transpose else int(rows[part, position].max()) + 1
+            size = max(1, _BLOCK_ENTRIES // ((part.stop - part.start) * extent))
+            block = slice(position, min(position + size, count))
+            if transpose:
+                lag = torch.arange(n, device=rows.device) - rows[part, block, None]
+                owner = segment[part].gather(1, rows[part, block])[..., None]
+            else:
+                extent = int(rows[part, block].max()) + 1
+                lag = rows[part, block, None] - torch.arange(extent, device=rows.device)
+                owner = segment[part, None, :extent]
+            visible = (lag >= 0) & (owner >= 0)
+            index = (owner * n + lag).masked_fill(~visible, 0)
+            entries = flat.gather(1, index.flatten(1)).view(index.shape)
+            entries = entries.masked_fill(~visible, fill)
+            yield part, block, entries.double()
+            position = block.stop
+
+
+def product_rows(
+    kernels: Tensor, starts: Tensor, x: Tensor, rows: Tensor, *, transpose: bool = False
+) -> Tensor:
+    """Return the given rows of the segmented matrix, or of its transpose, times x.
+
+    Args:
+        kernels: ``(G, k, n)``.
+        starts: ``(G, k)``.
+        x: ``(G, n, c)``.
+        rows: ``(G, m)``, ascending.
+
+    Returns:
+        ``(G, m, c)``.
+    """
+    pieces: dict[int, list[Tensor]] = {}
+    for part, _, entries in row_blocks(kernels, starts, rows, 0.0, transpose=transpose):
+        product = (entries @ x[part, : entries.shape[-1]].double()).to(x.dtype)
+        pieces.setdefault(part.start, []).append(product)
+    return torch.cat([torch.cat(blocks, dim=1) for blocks in pieces.values()])
+
+
+def softmax_rows(
+    logits: Tensor, starts: Tensor, value: Tensor, rows: Tensor, weight: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return the given rows of softmax attention under segmented logits, and their log-sum-exp.
+
+    Args:
+        logits: ``(G, k, n)`` segment kernels; the maximum of each row is taken out before exp, so
+            that any range of logits is safe.
+        starts: ``(G, k)``.
+        value: ``(G, n, d_v)``.
+        rows: ``(G, m)``, ascending.
+        weight: bool ``(G, n)``, False for keys that nobody sees; None for none.
+
+    Returns:
+        output ``(G, m, d_v)`` and lse ``(G, m)``: 0 and -inf for rows that see no key.
+    """
+    outputs: dict[int, list[Tensor]] = {}
+    sums: dict[int, list[Tensor]] = {}
+    for part, _, entries in row_blocks(logits, starts, rows, -torch.inf):
+        extent = entries.shape[-1]
+        if weight is not None:
+            entries = entries.masked_fill(~weight[part, None, :extent], -torch.inf)
+        lse = torch.logsumexp(entries, dim=-1)
+        probabilities = (entries - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp()
+        output = probabilities @ value[part, :extent].double()
+        outputs.setdefault(part.start, []).append(output.to(value.dtype))
+        sums.setdefault(part.start, []).append(lse.to(value.dtype))
+    result = torch.cat([torch.cat(blocks, dim=1) for blocks in outputs.values()])
+    return result, torch.cat([torch.cat(blocks, dim=1) for blocks in sums.values()])

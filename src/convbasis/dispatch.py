@@ -1,0 +1,81 @@
+"""The choice of a backend, and the record of what ran."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import dataclass
+
+from .errors import InputError
+
+logger = logging.getLogger("convbasis")
+
+BACKENDS = ("auto", "fft", "reference")
+# Below this length direct evaluation is both exact and, measured, no slower than transforms.
+_SHORTEST_TRANSFORM = 128
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """What one call ran, and why.
+
+    Attributes:
+        backend: ``"fft"`` or ``"reference"``.
+        reason: why this backend.
+        rows_recomputed: rows, over all heads, that drowned in the rounding of the transforms and
+            were evaluated directly.
+        heads_direct: heads that lost more than 2 % of their rows and were evaluated directly.
+    """
+
+    backend: str
+    reason: str
+    rows_recomputed: int = 0
+    heads_direct: int = 0
+
+    def warn_if_direct(self, heads: int) -> None:
+        """Log a warning when whole heads were evaluated in O(n^2)."""
+        if self.heads_direct:
+            logger.warning(
+                "%d of %d heads lost more than 2 %% of their rows in the rounding of the transforms "
+                "and were evaluated directly, in O(n^2) time",
+                self.heads_direct,
+                heads,
+            )
+
+
+_thread = threading.local()
+
+
+def record_dispatch(dispatch: Dispatch) -> None:
+    """Keep what ran, for `last_dispatch`."""
+    logger.info("ran %s", dispatch)
+    _thread.last = dispatch
+
+
+def last_dispatch() -> Dispatch | None:
+    """Return what the last product or attention call in this thread ran, and why.
+
+    Returns:
+        A `Dispatch`, or None before the first call.
+
+    Example:
+        >>> import torch, convbasis as cb
+        >>> x = torch.randn(1, 1, 8, 4)
+        >>> _ = cb.conv_basis_attention(x, x, x, segment_length=4)
+        >>> cb.last_dispatch().backend
+        'reference'
+    """
+    return getattr(_thread, "last", None)
+
+
+def resolve_backend(backend: str, n: int) -> tuple[str, str]:
+    """Return the backend that runs for a sequence of n tokens, and the reason."""
+    if backend not in BACKENDS:
+        raise InputError(
+            f"backend={backend!r} is not known; use one of {', '.join(map(repr, BACKENDS))}"
+        )
+    if backend != "auto":
+        return backend, "requested"
+    if n <= _SHORTEST_TRANSFORM:
+        return "reference", f"n = {n} <= {_SHORTEST_TRANSFORM}: direct evaluation is fastest"
+    return "fft", f"n = {n} > {_SHORTEST_TRANSFORM}"

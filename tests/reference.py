@@ -1,0 +1,111 @@
+"""The oracle: dense float64 versions of everything, written to be read beside docs/mathematics.md.
+
+Nothing here is fast, batched or clever, and nothing here is imported by the library.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def dense_matrix(segment_kernels: Tensor, starts: Tensor) -> Tensor:
+    """F2: entry (i, j) is c_r[i - j], r the last segment with start <= j; one matrix, ``(n, n)``."""
+    k, n = segment_kernels.shape
+    matrix = torch.zeros(n, n, dtype=torch.float64)
+    for j in range(n):
+        owners = [r for r in range(k) if int(starts[r]) <= j]
+        if owners:
+            matrix[j:, j] = segment_kernels[owners[-1], : n - j].double()
+    return matrix
+
+
+def telescoped_matrix(kernels: Tensor, starts: Tensor) -> Tensor:
+    """The definition: the sum over r of conv(b_r, n - s_r)."""
+    k, n = kernels.shape
+    matrix = torch.zeros(n, n, dtype=torch.float64)
+    for r in range(k):
+        for j in range(int(starts[r]), n):
+            matrix[j:, j] += kernels[r, : n - j].double()
+    return matrix
+
+
+def exact_logits(query: Tensor, key: Tensor, scale: float | None = None) -> Tensor:
+    """``(n, n)`` lower-triangular logits of one head."""
+    factor = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
+    return (query.double() @ key.double().T * factor).tril()
+
+
+def conv_basis_logits(query: Tensor, key: Tensor, starts: Tensor, scale: float | None = None) -> Tensor:
+    """Logits of one head where segment r, beginning at s, holds ``scale · q[s + i - j]·k[s]``."""
+    exact = exact_logits(query, key, scale)
+    n = len(exact)
+    kernels = torch.zeros(len(starts), n, dtype=torch.float64)
+    for r, s in enumerate(starts.tolist()):
+        if s < n:
+            kernels[r, : n - s] = exact[s:, s]
+    return dense_matrix(kernels, starts)
+
+
+def softmax_attention(
+    logits: Tensor, value: Tensor, real: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of one head, from dense logits; rows that see no key give 0 and -inf."""
+    n = len(logits)
+    visible = torch.ones(n, n, dtype=torch.bool).tril()
+    if real is not None:
+        visible &= real[None, :]
+    masked = logits.double().masked_fill(~visible, -math.inf)
+    lse = masked.logsumexp(-1)
+    weights = (masked - lse.masked_fill(lse == -math.inf, 0.0)[:, None]).exp()
+    return weights @ value.double(), lse
+
+
+def conv_basis_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor,
+    scale: float | None = None,
+    real: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Batched oracle: ``(B, H, n, ·)`` with H a multiple of the key-value heads; real ``(B, n)``.
+
+    starts is ``(k,)`` or ``(B, H, k)``. With padding, a segment begins at its first real key.
+    """
+    batch, heads, n, _ = query.shape
+    group = heads // key.shape[1]
+    outputs, sums = [], []
+    for b in range(batch):
+        for h in range(heads):
+            own = starts if starts.ndim == 1 else starts[b, h]
+            if real is not None:
+                own = _first_real_keys(own, real[b])
+            logits = conv_basis_logits(query[b, h], key[b, h // group], own, scale)
+            mask = None if real is None else real[b]
+            output, lse = softmax_attention(logits, value[b, h // group], mask)
+            outputs.append(output)
+            sums.append(lse)
+    return (
+        torch.stack(outputs).view(batch, heads, n, -1),
+        torch.stack(sums).view(batch, heads, n),
+    )
+
+
+def exact_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
+    """Batched exact causal softmax attention in float64."""
+    starts = torch.arange(query.shape[-2])
+    return conv_basis_attention(query, key, value, starts, scale)[0]
+
+
+def _first_real_keys(starts: Tensor, real: Tensor) -> Tensor:
+    n = len(real)
+    bounds = [*starts.tolist(), n]
+    found = []
+    for r in range(len(starts)):
+        inside = [j for j in range(bounds[r], min(bounds[r + 1], n)) if bool(real[j])]
+        if inside:
+            found.append(inside[0])
+    return torch.tensor(found, dtype=torch.int64)
