@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from comparison import assert_close, errors
 
 

@@ -24,12 +24,16 @@ class Dispatch:
         reason: why this backend.
         rows_recomputed: rows, over all heads, that drowned in the rounding of the transforms and
             were evaluated directly.
-        heads_direct: heads that lost more than 2 % of their rows and were evaluated directly.
+        heads_float64: float32 heads that lost more than 2 % of their rows and were transformed again
+            in float64.
+        heads_direct: heads that lost more than 2 % of their rows in float64 too and were evaluated
+            directly as a whole.
     """
 
     backend: str
     reason: str
     rows_recomputed: int = 0
+    heads_float64: int = 0
     heads_direct: int = 0
 
     def warn_if_direct(self, heads: int) -> None:

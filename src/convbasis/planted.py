@@ -45,8 +45,9 @@ def planted_qk(
     Args:
         n: sequence length, in tokens.
         d: head dimension.
-        num_bases: number of segments, at most n. Where ``num_bases <= 3 n / 4`` the last quarter of
-            the columns holds no start.
+        num_bases: number of segments, at most n. If they leave room for it, no segment starts in the
+            last quarter of the columns, nor in the last 16 of 32 or more, so that every segment can be
+            recovered with a window of as many lags.
         noise: largest error of a logit, in nats; it is reached. It uses one dimension of its own.
         generator: a CPU generator, for repeatable draws.
         dtype: dtype of the result; float32 rounds the logits to about 1e-6.
@@ -83,7 +84,7 @@ def planted_qk(
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    last = max(num_bases, n - n // 4)
+    last = max(num_bases, n - max(n // 4, min(16, n // 2)))
     inner = torch.randperm(last - 1, generator=generator)[: num_bases - 1] + 1
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), inner.sort().values])
     owner = torch.searchsorted(starts, torch.arange(n), right=True) - 1

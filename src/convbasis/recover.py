@@ -26,6 +26,7 @@ from .logits import segment_logits
 SEARCHES = ("linear", "binary")
 _LANES = 16  # thresholds tried at once by the search for the largest one
 _ROUNDS = 5  # each narrows the ratio of the bracket to its 16th root
+_STEP = 0.7  # of a descent through thresholds that find equally many starts
 _LEAST_CHUNK = 64  # columns looked at in one step of the linear scan
 
 
@@ -67,7 +68,8 @@ def recover(
         window: T, the number of lags compared, in tokens; 1..n. No start is found after column n - T.
         delta: δ, the least distance of two segments, in nats. It should exceed rounding, about
             ``T · eps · max |logit|``, or noise becomes starts; 0 makes every column a start. None
-            takes the largest δ at which the linear scan finds K starts.
+            takes the largest δ at which the linear scan finds K starts, or, where far smaller ones
+            find no more, the smallest of those, so that noise does not shift the starts.
         epsilon: ε, a known bound on the errors of the logits, in nats. Given together with delta the
             threshold is the paper's, ``δ - 2Tε``, else ``δ/2``, which is right for every
             ``ε < δ/(4T)``. With ``delta=None`` the threshold stays above ``2Tε``.
@@ -256,7 +258,17 @@ def _linear_search(
         upper = torch.cat([trial, high[:, None]], dim=-1).gather(1, index + 1)[:, 0]
         low, high = trial.gather(1, index)[:, 0], torch.where(best >= 0, upper, low)
         high = torch.maximum(high, low)
-    return starts
+    # On clear structure much smaller thresholds find equally many starts. At the largest one noise
+    # decides on which column a segment begins; lower down, above the noise, its first column does.
+    # The threshold that is right for any noise up to δ/(5T) lies between 0.4 δ and 0.6 δ: steps of 0.7
+    # cannot leap over it.
+    trial = low[:, None] * _STEP ** torch.arange(_LANES, device=windows.device, dtype=windows.dtype)
+    trial = torch.maximum(trial, least[:, None])
+    found = _scan(windows, trial, bases + 1, first, stop, n)
+    same = ((found < n).sum(-1) == wanted[:, None]).int().cumprod(-1).sum(-1)
+    index = (same - 1).clamp(min=0)[:, None, None].expand(-1, 1, bases)
+    settled = found[..., :bases].gather(1, index)[:, 0]
+    return torch.where((same > 0)[:, None], settled, starts)
 
 
 def _scan(

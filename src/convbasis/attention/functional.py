@@ -108,10 +108,11 @@ def conv_basis_attention(
         and a given delta is causal.
 
     Accuracy:
-        Worst row within 1e-4 (float32) or 1e-9 (float64) of the same conv basis evaluated directly:
-        rows that would drown in the rounding of a transform are found and evaluated from the
-        kernels, and a head that loses more than 2 % of its rows is evaluated directly as a whole,
-        which is logged as a warning.
+        Worst row within 1e-4 (float32) or 1e-9 (float64) of the same conv basis evaluated directly.
+        Rows that would drown in the rounding of a transform are found and evaluated directly from
+        the kernels; a float32 head that loses more than 2 % of its rows is transformed in float64,
+        and one that still loses more is evaluated directly as a whole, which is logged as a warning.
+        `last_dispatch` counts all of them.
 
     Complexity:
         O(k n d_v log n + k n d) time and O(n (d + d_v) + k n) memory for each head; direct heads take

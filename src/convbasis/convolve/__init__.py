@@ -9,10 +9,13 @@ from ..dispatch import Dispatch, resolve_backend
 from .fft import fft_product
 from .guard import lost_rows, reached_rows
 from .reference import product_rows
-from .rescue import Rescue, replace_lost
+from .rescue import evaluate_safely
 
 DEFAULT_MAX_BYTES = 256 << 20
 """Working memory of the transforms, in bytes, where the caller names none."""
+
+# The largest relative error of a row of a product that a transform may leave.
+_TOLERANCE = {torch.float32: 1.5e-5, torch.float64: 1e-10}
 
 
 def segment_product(
@@ -40,48 +43,62 @@ def segment_product(
         the product ``(P, R, n, c)`` and what was run.
     """
     problems, sets, k, n = kernels.shape
-    groups = problems * sets
-    flat_kernels = kernels.reshape(groups, k, n)
-    flat_starts = starts.expand(problems, sets, k).reshape(groups, k)
-    flat_x = x.expand(problems, sets, n, x.shape[-1])
-
-    def evaluate(chosen: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
-        values = flat_x[chosen // sets, chosen % sets]
-        chosen_kernels, chosen_starts = flat_kernels[chosen], flat_starts[chosen]
-        return (product_rows(chosen_kernels, chosen_starts, values, rows, transpose=transpose),)
-
+    groups, columns = problems * sets, x.shape[-1]
     chosen_backend, reason = resolve_backend(backend, n)
     if k == 0:
-        zero = kernels.new_zeros((problems, sets, n, x.shape[-1]))
+        zero = kernels.new_zeros((problems, sets, n, columns))
         return zero, Dispatch(chosen_backend, "the zero matrix")
+    flat_kernels = kernels.reshape(groups, k, n)
+    flat_starts = starts.expand(problems, sets, k).reshape(groups, k)
+    flat_x = x.expand(problems, sets, n, columns)
+
+    def direct(chosen: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
+        values = flat_x[chosen // sets, chosen % sets]
+        own_kernels, own_starts = flat_kernels[chosen], flat_starts[chosen]
+        return (product_rows(own_kernels, own_starts, values, rows, transpose=transpose),)
+
     if chosen_backend == "reference":
         everything = torch.arange(groups, device=x.device)
         rows = torch.arange(n, device=x.device).expand(groups, n)
-        (product,) = evaluate(everything, rows)
-        return product.view(problems, sets, n, -1), Dispatch("reference", reason)
+        (product,) = direct(everything, rows)
+        return product.view(problems, sets, n, columns), Dispatch("reference", reason)
 
-    product, noise = fft_product(kernels, starts, x, max_bytes, transpose=transpose)
+    def transform(chosen: Tensor | None, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], Tensor]:
+        parts = (kernels, starts, x)
+        if chosen is not None:
+            values = flat_x[chosen // sets, chosen % sets]
+            parts = (flat_kernels[chosen, None], flat_starts[chosen, None], values[:, None])
+        own_kernels, own_starts, values = parts[0].to(dtype), parts[1], parts[2].to(dtype)
+        product, noise = fft_product(own_kernels, own_starts, values, max_bytes, transpose=transpose)
 
-    def magnitude() -> Tensor:
-        norms = torch.linalg.vector_norm(x.detach(), dim=-1, keepdim=True)
-        sizes = kernels.detach().abs()
-        return fft_product(sizes, starts, norms, max_bytes, transpose=transpose)[0][..., 0]
+        def magnitude() -> Tensor:
+            norms = torch.linalg.vector_norm(values.detach(), dim=-1, keepdim=True)
+            sizes = own_kernels.detach().abs()
+            return fft_product(sizes, own_starts, norms, max_bytes, transpose=transpose)[0][..., 0]
 
-    reached = reached_rows(starts, x, transpose=transpose)
-    product = product.masked_fill(~reached[..., None], 0.0)
-    lost = lost_rows(product, noise, reached, magnitude)
-    (product,), rescue = replace_lost((product.reshape(groups, n, -1),), lost.view(groups, n), evaluate)
-    dispatch = Dispatch("fft", reason, rescue.rows, rescue.matrices)
+        reached = reached_rows(own_starts, values, transpose=transpose)
+        product = product.masked_fill(~reached[..., None], 0.0)
+        lost = lost_rows(
+            product,
+            noise,
+            reached,
+            magnitude,
+            tolerance=_TOLERANCE[kernels.dtype],
+            eps=torch.finfo(kernels.dtype).eps,
+        )
+        return (product.reshape(-1, n, columns),), lost.reshape(-1, n)
+
+    (product,), rescue = evaluate_safely(transform, direct, kernels.dtype)
+    dispatch = Dispatch("fft", reason, *rescue)
     dispatch.warn_if_direct(groups)
-    return product.view(problems, sets, n, -1), dispatch
+    return product.view(problems, sets, n, columns), dispatch
 
 
 __all__ = [
     "DEFAULT_MAX_BYTES",
-    "Rescue",
+    "evaluate_safely",
     "fft_product",
     "lost_rows",
     "reached_rows",
-    "replace_lost",
     "segment_product",
 ]

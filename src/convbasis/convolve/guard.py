@@ -11,13 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# The largest relative error of a row that passes.
-_TOLERANCE = {torch.float32: 3e-5, torch.float64: 1e-10}
-# In units of rounding, the error against |A||x| that a direct sum would have too: where terms cancel
-# in a row, direct evaluation would bring nothing.
+# In units of rounding, the error against |A||x| that a direct sum in the result's precision would have
+# too: where terms cancel in a row, direct evaluation would bring nothing.
 _INHERENT = 8.0
-# A head with a larger share of lost rows is evaluated directly as a whole.
-DIRECT_SHARE = 0.02
 
 
 def reached_rows(starts: Tensor, x: Tensor, *, transpose: bool = False) -> Tensor:
@@ -40,7 +36,13 @@ def reached_rows(starts: Tensor, x: Tensor, *, transpose: bool = False) -> Tenso
 
 
 def lost_rows(
-    product: Tensor, noise: Tensor, reached: Tensor, magnitude: Callable[[], Tensor]
+    product: Tensor,
+    noise: Tensor,
+    reached: Tensor,
+    magnitude: Callable[[], Tensor],
+    *,
+    tolerance: float,
+    eps: float,
 ) -> Tensor:
     """Find the rows whose rounding error is too large to be used.
 
@@ -50,14 +52,16 @@ def lost_rows(
         reached: what `reached_rows` says; the other rows are never lost.
         magnitude: returns ``(P, R, n)``, the product of absolute values ``|A| |x|`` with ``|x|`` the
             row norms of x; only called when some row is doubtful.
+        tolerance: the largest relative error of a row that passes.
+        eps: rounding unit of the result.
 
     Returns:
         bool ``(P, R, n)``, True where the row must be evaluated directly.
     """
     norms = torch.linalg.vector_norm(product.detach(), dim=-1, dtype=torch.float64)
     finite = norms.isfinite()
-    doubtful = ~(finite & (noise <= _TOLERANCE[product.dtype] * norms)) & reached
+    doubtful = ~(finite & (noise <= tolerance * norms)) & reached
     if not bool(doubtful.any()):
         return doubtful
-    inherent = _INHERENT * torch.finfo(product.dtype).eps * magnitude().double()
+    inherent = _INHERENT * eps * magnitude().double()
     return doubtful & ~(finite & (noise <= inherent))

@@ -1,8 +1,8 @@
 """Direct evaluation: kernels gathered into rows of the matrix, no transform, O(n^2) time.
 
 Every row is a sum over its own columns alone, in float64, so that rounding is relative to that row
-and nothing of a later token enters. It serves as the exact backend, for short sequences, and for the rows whose
-value a transform would lose in rounding.
+and nothing of a later token enters. It serves as the exact backend, for short sequences, and for the
+rows whose value a transform would lose in rounding.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Replace lost rows by directly evaluated ones, vectorised over matrices."""
+"""From a transform to a result that is right in every row: float64 where float32 loses too many rows,
+direct evaluation of what is still lost."""
 
 from __future__ import annotations
 
@@ -8,52 +9,71 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .guard import DIRECT_SHARE
+# A matrix with a larger share of lost rows is not mended row by row: it is transformed again in
+# float64, and where that does not help either, evaluated directly as a whole.
+_SHARE = 0.02
 
-# Given matrix indices (g,) and rows (g, m), ascending: results (g, m, ...), a tuple of tensors.
-RowEvaluator = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+# Evaluate by transform: given matrix indices (g,), or None for all, and the dtype to work in, return
+# results (g, n, ...) and which rows are lost, bool (g, n).
+Transform = Callable[[Tensor | None, torch.dtype], tuple[tuple[Tensor, ...], Tensor]]
+# Evaluate directly: given matrix indices (g,) and rows (g, m), ascending, return results (g, m, ...).
+Direct = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 
 
 class Rescue(NamedTuple):
-    """What was evaluated directly."""
+    """What the plain transform could not do."""
 
-    rows: int  # single rows, in matrices that kept their transform
-    matrices: int  # whole matrices
+    rows: int  # rows evaluated directly, in matrices that kept their transform
+    repeated: int  # matrices transformed again in float64
+    direct: int  # matrices evaluated directly as a whole
 
 
-def replace_lost(
-    results: tuple[Tensor, ...], lost: Tensor, evaluate: RowEvaluator
+def evaluate_safely(
+    transform: Transform, direct: Direct, dtype: torch.dtype
 ) -> tuple[tuple[Tensor, ...], Rescue]:
-    """Evaluate the lost rows directly, and every row of a matrix that lost more than 2 % of them.
+    """Evaluate by transform, and mend what is lost in its rounding.
 
     Args:
-        results: tensors ``(G, n, ...)``.
-        lost: bool ``(G, n)``.
-        evaluate: the direct evaluation.
+        transform: evaluation by transform.
+        direct: evaluation of rows without one.
+        dtype: of the results; float32 or float64.
 
     Returns:
-        the results with those rows replaced (out of place), and the counts.
+        results ``(G, n, ...)`` and what was mended.
     """
-    count = lost.sum(-1)
+    results, lost = transform(None, dtype)
     n = lost.shape[-1]
-    whole = count > DIRECT_SHARE * n
-    some = (count > 0) & ~whole
-    rescue = Rescue(rows=int(count[some].sum()), matrices=int(whole.sum()))
-    if rescue.rows:
-        groups = some.nonzero()[:, 0]
-        width = int(count[groups].max())
-        # Ascending row numbers, padded at the front with row 0, which is cheap to evaluate.
-        rows = torch.where(lost[groups], torch.arange(n, device=lost.device), -1)
+    repeated = 0
+    if dtype == torch.float32:
+        heavy = (lost.sum(-1) > _SHARE * n).nonzero()[:, 0]
+        repeated = len(heavy)
+        if repeated:
+            fresh, still_lost = transform(heavy, torch.float64)
+            results = _put(results, fresh, heavy)
+            lost = lost.index_copy(0, heavy, still_lost)
+    count = lost.sum(-1)
+    whole = count > _SHARE * n
+    some = ((count > 0) & ~whole).nonzero()[:, 0]
+    rows_mended = int(count[some].sum())
+    if rows_mended:
+        width = int(count[some].max())
+        # Ascending row numbers, filled up at the front with row 0, which is cheap to evaluate.
+        rows = torch.where(lost[some], torch.arange(n, device=lost.device), -1)
         rows = rows.sort(dim=-1).values[:, n - width :]
         wanted = rows >= 0
-        fresh = evaluate(groups, rows.clamp(min=0))
-        place = (groups[:, None].expand_as(rows)[wanted], rows[wanted])
+        fresh = direct(some, rows.clamp(min=0))
+        place = (some[:, None].expand_as(rows)[wanted], rows[wanted])
         results = tuple(
             old.index_put(place, new[wanted]) for old, new in zip(results, fresh, strict=True)
         )
-    if rescue.matrices:
-        groups = whole.nonzero()[:, 0]
-        rows = torch.arange(n, device=lost.device).expand(len(groups), n)
-        fresh = evaluate(groups, rows)
-        results = tuple(old.index_copy(0, groups, new) for old, new in zip(results, fresh, strict=True))
-    return results, rescue
+    heavy = whole.nonzero()[:, 0]
+    if len(heavy):
+        rows = torch.arange(n, device=lost.device).expand(len(heavy), n)
+        results = _put(results, direct(heavy, rows), heavy)
+    return results, Rescue(rows_mended, repeated, len(heavy))
+
+
+def _put(results: tuple[Tensor, ...], fresh: tuple[Tensor, ...], index: Tensor) -> tuple[Tensor, ...]:
+    return tuple(
+        old.index_copy(0, index, new.to(old.dtype)) for old, new in zip(results, fresh, strict=True)
+    )

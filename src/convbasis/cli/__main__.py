@@ -1,0 +1,5 @@
+"""Run with ``python -m convbasis.cli``."""
+
+from . import main
+
+main()

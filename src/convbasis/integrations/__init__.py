@@ -1,0 +1,1 @@
+"""Other libraries and real models; each module needs an extra."""

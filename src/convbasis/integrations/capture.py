@@ -1,0 +1,176 @@
+"""Queries, keys and values of a transformers model, as its attention sees them: after RoPE, unrepeated."""
+
+from __future__ import annotations
+
+import contextvars
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError, MissingExtraError
+from ..storage import load_tensors, save_tensors
+
+_NAME = "convbasis_capture"
+_FORMAT = "convbasis.captures"
+
+
+class CapturedLayer(NamedTuple):
+    """What one attention layer was given for one sequence."""
+
+    query: Tensor
+    """``(1, H, n, d)`` after rotary positions."""
+    key: Tensor
+    """``(1, H_kv, n, d)`` after rotary positions; heads are not repeated."""
+    value: Tensor
+    """``(1, H_kv, n, d_v)``."""
+    scale: float
+    """Factor of the logits."""
+
+
+_recorder: contextvars.ContextVar[dict[int, CapturedLayer | None] | None] = contextvars.ContextVar(
+    "convbasis_recorder", default=None
+)
+
+
+@torch.no_grad()
+def capture_layers(
+    model: Any,
+    input_ids: Tensor,
+    layers: Sequence[int],
+    *,
+    position_ids: Tensor | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> dict[int, CapturedLayer]:
+    """Run a model on a sequence and return what the chosen layers' attention was given.
+
+    The model attends exactly as before (SDPA); its attention implementation is restored afterwards.
+
+    Args:
+        model: a transformers model whose attention goes through the attention interface.
+        input_ids: ``(1, n)`` token ids.
+        layers: layer numbers.
+        position_ids: ``(1, n)``; 0..n-1 by default.
+        progress: called with the layer number after each layer's attention.
+
+    Returns:
+        `CapturedLayer` by layer number, in float32 unless the model is float64.
+
+    Raises:
+        InputError: a layer does not exist, or input_ids is not one sequence.
+        MissingExtraError: transformers is not installed.
+    """
+    try:
+        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+        from transformers.masking_utils import sdpa_mask
+    except ImportError as error:
+        raise MissingExtraError("capturing attention", "hf", error) from error
+    count = model.config.num_hidden_layers
+    if not layers or any(not 0 <= layer < count for layer in layers):
+        raise InputError(f"layers={list(layers)}: choose one or more of 0..{count - 1}")
+    if input_ids.ndim != 2 or input_ids.shape[0] != 1:
+        raise InputError(f"input_ids has shape {tuple(input_ids.shape)}; one sequence (1, n) is wanted")
+
+    def attention(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        found = _recorder.get()
+        if found is not None:
+            if module.layer_idx in found:
+                scale = float(options.get("scaling") or query.shape[-1] ** -0.5)
+                work = torch.float64 if query.dtype == torch.float64 else torch.float32
+                # Copies: some models hand over views of buffers that later layers write to.
+                found[module.layer_idx] = CapturedLayer(
+                    *(x.detach().to(work, copy=True).contiguous() for x in (query, key, value)), scale
+                )
+            if progress is not None:
+                progress(module.layer_idx)
+        return sdpa_attention_forward(module, query, key, value, mask, **options)
+
+    AttentionInterface.register(_NAME, attention)
+    AttentionMaskInterface.register(_NAME, sdpa_mask)
+    before = model.config._attn_implementation
+    record: dict[int, CapturedLayer | None] = dict.fromkeys(layers)
+    token = _recorder.set(record)
+    try:
+        model.set_attn_implementation(_NAME)
+        # The mask of ones keeps equal positions from being read as packed documents.
+        ones = torch.ones_like(input_ids)
+        model.base_model(input_ids, attention_mask=ones, position_ids=position_ids, use_cache=False)
+    finally:
+        _recorder.reset(token)
+        model.set_attn_implementation(before)
+    captured = {layer: layer_ for layer, layer_ in record.items() if layer_ is not None}
+    if len(captured) < len(record):
+        raise InputError(
+            f"layers {sorted(set(record) - set(captured))} of {type(model).__name__} do not attend "
+            "through the attention interface of transformers"
+        )
+    return captured
+
+
+def cached_layers(
+    load: Callable[[], Any],
+    model_name: str,
+    input_ids: Tensor,
+    layers: Sequence[int],
+    *,
+    position_ids: Tensor | None = None,
+    folder: Path | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> dict[int, CapturedLayer]:
+    """Return `capture_layers`, from a safetensors file where the same was captured before.
+
+    Args:
+        load: returns the model; called only when nothing is cached.
+        model_name: identifies the model and its weights.
+        input_ids: ``(1, n)``.
+        layers: layer numbers.
+        position_ids: as in `capture_layers`.
+        folder: where captures are kept; `default_cache` by default.
+        progress: as in `capture_layers`.
+
+    Returns:
+        `CapturedLayer` by layer number.
+    """
+    digest = hashlib.sha256(repr((model_name, sorted(layers))).encode())
+    for ids in (input_ids, position_ids):
+        digest.update(b"none" if ids is None else repr(ids.tolist()).encode())
+    place = (default_cache() if folder is None else folder) / f"{digest.hexdigest()[:32]}.safetensors"
+    if place.is_file():
+        return _read(place, layers)
+    captured = capture_layers(load(), input_ids, layers, position_ids=position_ids, progress=progress)
+    tensors = {
+        f"{layer}.{field}": getattr(kept, field)
+        for layer, kept in captured.items()
+        for field in ("query", "key", "value")
+    }
+    scales = {f"{layer}.scale": repr(kept.scale) for layer, kept in captured.items()}
+    place.parent.mkdir(parents=True, exist_ok=True)
+    save_tensors(place, tensors, {"format": _FORMAT, "model": model_name, **scales})
+    return captured
+
+
+def _read(place: Path, layers: Sequence[int]) -> dict[int, CapturedLayer]:
+    fields = ("query", "key", "value")
+    names = [f"{layer}.{field}" for layer in layers for field in fields]
+    tensors, metadata = load_tensors(place, _FORMAT, names)
+    return {
+        layer: CapturedLayer(
+            *(tensors[f"{layer}.{field}"] for field in fields), float(metadata[f"{layer}.scale"])
+        )
+        for layer in layers
+    }
+
+
+def default_cache() -> Path:
+    """Return the folder of cached captures: $CONVBASIS_CACHE, or convbasis in the user's cache folder."""
+    chosen = os.environ.get("CONVBASIS_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "convbasis"

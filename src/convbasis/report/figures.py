@@ -1,0 +1,101 @@
+"""Figures as PNG, drawn by matplotlib without any display."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..errors import MissingExtraError
+
+
+class Triple(NamedTuple):
+    """An attention matrix, what a conv basis makes of it, and the name of the pair."""
+
+    title: str
+    exact: Tensor
+    approximate: Tensor
+
+
+class Curve(NamedTuple):
+    """One line of error against k."""
+
+    label: str
+    k: Sequence[int]
+    error: Sequence[float]
+
+
+def attention_figure(triples: Sequence[Triple], curves: Sequence[Curve], path: Path) -> None:
+    """Draw matrices (exact, approximation, difference) in rows and the curves beside them.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    figure = _figure((15, 4.2 * len(triples)))
+    grid = figure.add_gridspec(len(triples), 5, width_ratios=[1, 1, 1, 0.04, 1.25])
+    for row, triple in enumerate(triples):
+        panels = {
+            f"{triple.title}: exact": triple.exact,
+            "conv basis": triple.approximate,
+            "difference (absolute)": (triple.exact - triple.approximate).abs(),
+        }
+        image = None
+        for column, (name, matrix) in enumerate(panels.items()):
+            axes = figure.add_subplot(grid[row, column])
+            shown = matrix.double().clamp(min=1e-6).log10().tolist()
+            image = axes.imshow(shown, vmin=-4, vmax=0, cmap="magma", interpolation="nearest")
+            axes.set_title(name, fontsize=10)
+            axes.set_xlabel("key")
+            axes.set_ylabel("query")
+        bar = figure.colorbar(image, cax=figure.add_subplot(grid[row, 3]))
+        bar.set_label("log10 of the attention weight", fontsize=8)
+    axes = figure.add_subplot(grid[:, 4])
+    _error_axes(axes, curves)
+    _save(figure, path)
+
+
+def error_figure(panels: Mapping[str, Sequence[Curve]], path: Path) -> None:
+    """Draw error against k, one panel for each named group of curves, on a shared scale.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    figure = _figure((6.5 * len(panels), 5))
+    shared = None
+    for index, (title, curves) in enumerate(panels.items()):
+        shared = figure.add_subplot(1, len(panels), index + 1, sharey=shared)
+        _error_axes(shared, curves)
+        shared.set_title(title)
+    _save(figure, path)
+
+
+def _error_axes(axes: Any, curves: Sequence[Curve]) -> None:
+    for curve in curves:
+        axes.plot(curve.k, [max(e, 1e-7) for e in curve.error], marker="o", label=curve.label)
+    axes.axhline(1.0, color="grey", linewidth=0.8, linestyle=":")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("number of bases k")
+    axes.set_ylabel("relative error of the output (1 = as large as the output)")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+
+
+def _figure(size: tuple[float, float]) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError("drawing figures", "report", error) from error
+    return Figure(figsize=size, layout="constrained")
+
+
+def _save(figure: Any, path: Path) -> None:
+    part = path.with_name(f".{path.name}.part")
+    try:
+        figure.savefig(part, format="png", dpi=110)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
