@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -128,13 +127,15 @@ def _error(exact: Tensor, output: Tensor) -> Tensor:
 
 
 def _measure(
-    name: str, segments: str, query: Tensor, key: Tensor, value: Tensor, **options: Any
+    name: str, segments: str, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]
 ) -> Row:
     def ours() -> Tensor:
         return conv_basis_attention(query, key, value, enable_gqa=True, **options)
 
     def sdpa() -> Tensor:
-        return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        return scaled_dot_product_attention(
+            query, key, value, is_causal=True, enable_gqa=True, scale=options.get("scale")
+        )
 
     times = interleaved_medians({"ours": ours, "sdpa": sdpa}, repeats=3)
     stats = conv_basis_attention_stats(query, key, value, enable_gqa=True, **options)
@@ -154,7 +155,7 @@ def _attend_planted(seed: int, progress: Progress) -> tuple[list[Row], PlantedQK
         kept = kept or planted
         value = torch.randn(1, 1, n, _HEAD_DIM, generator=generator)
         heads = planted.query[None, None], planted.key[None, None], value
-        rows.append(_measure("planted", "recovered", *heads, num_bases=_PLANTED_BASES))
+        rows.append(_measure("planted", "recovered", *heads, {"num_bases": _PLANTED_BASES}))
         advance()
     assert kept is not None
     return rows, kept
@@ -166,13 +167,16 @@ def _attend_real(captured: dict[int, CapturedLayer], length: int, progress: Prog
     for number, layer in captured.items():
         heads = layer.query, layer.key, layer.value
         for k in (16, 64):
-            for segments, options in (
-                ("uniform", {"segment_length": -(-length // k)}),
-                ("recovered", {"num_bases": k}),
-            ):
-                rows.append(_measure(f"layer {number}", segments, *heads, scale=layer.scale, **options))
+            for segments, options in _ways(length, k).items():
+                options["scale"] = layer.scale
+                rows.append(_measure(f"layer {number}", segments, *heads, options))
                 advance()
     return rows
+
+
+def _ways(length: int, k: int) -> dict[str, dict[str, Any]]:
+    """Return the options of `conv_basis_attention` for each way to choose k segments."""
+    return {"uniform": {"segment_length": -(-length // k)}, "recovered": {"num_bases": k}}
 
 
 def _curves(
@@ -199,14 +203,11 @@ def _curves(
             target = scaled_dot_product_attention(
                 *heads, is_causal=True, enable_gqa=True, scale=layer.scale
             )
-            for name, options in (
-                ("real, uniform", {"segment_length": -(-length // k)}),
-                ("real, recovered", {"num_bases": k}),
-            ):
+            for segments, options in _ways(length, k).items():
                 output = conv_basis_attention(
                     *heads, enable_gqa=True, scale=layer.scale, backend="reference", **options
                 )
-                found[name].append(_error(target, output))
+                found[f"real, {segments}"].append(_error(target, output))
                 advance()
         for name, parts in found.items():
             errors[name].append(float(torch.cat(parts).median()))
@@ -263,9 +264,9 @@ def _print(
         table.add_row(str(number), *(f"{found[t]:g}" for t in _TOLERANCES))
     console.print(table)
     console.print(
-        "On planted logits the conv basis is exact. On real heads the plain algorithm fails: their logits "
-        "are no sum of few convolutions, and an error near or above 1 means that it must not be used "
-        "there as it stands."
+        "On planted logits the conv basis is exact. On real heads the plain algorithm fails: their "
+        "logits are no sum of few convolutions, and an error near or above 1 means that it must not be "
+        "used there as it stands."
     )
 
 
@@ -282,4 +283,4 @@ def _write_json(
     }
     part = path.with_name(f".{path.name}.part")
     part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    part.replace(path)

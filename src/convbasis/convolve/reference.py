@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .segments import column_segments
 
-_BLOCK_ENTRIES = 1 << 21  # matrix entries gathered at a time: 8 MB of float32, 16 MB of indices
+_BLOCK_ENTRIES = 1 << 19  # matrix entries gathered at a time: 4 MB in float64, and as much of indices
 
 
 def row_blocks(
@@ -42,9 +42,7 @@ def row_blocks(
         flat = kernels[part].reshape(-1, k * n)
         position = 0
         while position < count:
-            extent = n if transpose else int(rows[part, position].max()) + 1
-            size = max(1, _BLOCK_ENTRIES // ((part.stop - part.start) * extent))
-            block = slice(position, min(position + size, count))
+            block = slice(position, _block_end(rows[part], position, n, transpose))
             if transpose:
                 lag = torch.arange(n, device=rows.device) - rows[part, block, None]
                 owner = segment[part].gather(1, rows[part, block])[..., None]
@@ -52,12 +50,24 @@ def row_blocks(
                 extent = int(rows[part, block].max()) + 1
                 lag = rows[part, block, None] - torch.arange(extent, device=rows.device)
                 owner = segment[part, None, :extent]
-            visible = (lag >= 0) & (owner >= 0)
-            index = (owner * n + lag).masked_fill(~visible, 0)
+            hidden = (lag < 0) | (owner < 0)
+            index = lag.add_(owner * n).masked_fill_(hidden, 0)
             entries = flat.gather(1, index.flatten(1)).view(index.shape)
-            entries = entries.masked_fill(~visible, fill)
-            yield part, block, entries.double()
+            entries = entries.double().masked_fill(hidden, fill)
+            yield part, block, entries
             position = block.stop
+
+
+def _block_end(rows: Tensor, position: int, n: int, transpose: bool) -> int:
+    """Return the end of a block of rows whose entries up to the diagonal fit into one block."""
+    groups, count = rows.shape
+    if transpose:
+        return min(count, position + max(1, _BLOCK_ENTRIES // (groups * n)))
+    extent = int(rows[:, position].max()) + 1
+    end = min(count, position + max(1, _BLOCK_ENTRIES // (groups * extent)))
+    # The rows before that end reach at most as far as its last one.
+    extent = int(rows[:, end - 1].max()) + 1
+    return min(count, position + max(1, _BLOCK_ENTRIES // (groups * extent)))
 
 
 def product_rows(
@@ -103,9 +113,12 @@ def softmax_rows(
         extent = entries.shape[-1]
         if weight is not None:
             entries = entries.masked_fill(~weight[part, None, :extent], -torch.inf)
-        lse = torch.logsumexp(entries, dim=-1)
-        probabilities = (entries - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp()
-        output = probabilities @ value[part, :extent].double()
+        peak = entries.detach().amax(-1, keepdim=True)
+        empty = peak == -torch.inf
+        weights = entries.sub(peak.masked_fill(empty, 0.0)).exp_()
+        total = weights.sum(-1, keepdim=True).masked_fill(empty, 1.0)
+        output = weights @ value[part, :extent].double() / total
+        lse = (peak + total.log())[..., 0]
         outputs.setdefault(part.start, []).append(output.to(value.dtype))
         sums.setdefault(part.start, []).append(lse.to(value.dtype))
     result = torch.cat([torch.cat(blocks, dim=1) for blocks in outputs.values()])

@@ -1,4 +1,4 @@
-"""Queries, keys and values of a transformers model, as its attention sees them: after RoPE, unrepeated."""
+"""Queries, keys and values of a transformers model, as its attention sees them: after RoPE."""
 
 from __future__ import annotations
 
@@ -83,11 +83,7 @@ def capture_layers(
         if found is not None:
             if module.layer_idx in found:
                 scale = float(options.get("scaling") or query.shape[-1] ** -0.5)
-                work = torch.float64 if query.dtype == torch.float64 else torch.float32
-                # Copies: some models hand over views of buffers that later layers write to.
-                found[module.layer_idx] = CapturedLayer(
-                    *(x.detach().to(work, copy=True).contiguous() for x in (query, key, value)), scale
-                )
+                found[module.layer_idx] = CapturedLayer(_own(query), _own(key), _own(value), scale)
             if progress is not None:
                 progress(module.layer_idx)
         return sdpa_attention_forward(module, query, key, value, mask, **options)
@@ -156,20 +152,28 @@ def cached_layers(
     return captured
 
 
+def _own(tensor: Tensor) -> Tensor:
+    """Return a copy: a model may hand over a view of a buffer that it writes to later."""
+    work = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    return tensor.detach().to(work, copy=True).contiguous()
+
+
 def _read(place: Path, layers: Sequence[int]) -> dict[int, CapturedLayer]:
-    fields = ("query", "key", "value")
-    names = [f"{layer}.{field}" for layer in layers for field in fields]
+    names = [f"{layer}.{field}" for layer in layers for field in ("query", "key", "value")]
     tensors, metadata = load_tensors(place, _FORMAT, names)
     return {
         layer: CapturedLayer(
-            *(tensors[f"{layer}.{field}"] for field in fields), float(metadata[f"{layer}.scale"])
+            query=tensors[f"{layer}.query"],
+            key=tensors[f"{layer}.key"],
+            value=tensors[f"{layer}.value"],
+            scale=float(metadata[f"{layer}.scale"]),
         )
         for layer in layers
     }
 
 
 def default_cache() -> Path:
-    """Return the folder of cached captures: $CONVBASIS_CACHE, or convbasis in the user's cache folder."""
+    """Return the folder of captures: $CONVBASIS_CACHE, or convbasis in the user's cache folder."""
     chosen = os.environ.get("CONVBASIS_CACHE")
     if chosen:
         return Path(chosen)

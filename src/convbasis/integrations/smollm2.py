@@ -6,7 +6,10 @@ downloaded at run time.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,10 +68,15 @@ def load_smollm2(dtype: torch.dtype = torch.float32) -> LoadedModel:
         raise MissingExtraError(f"loading {NAME}", "hf", error) from error
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
+    noise = io.StringIO()  # the progress of reading GGUF, which nothing else switches off
     try:
-        options = {"gguf_file": path.name, "local_files_only": True}
-        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), **options)
-        model = AutoModelForCausalLM.from_pretrained(str(path.parent), dtype=dtype, **options)
+        with contextlib.redirect_stderr(noise):
+            options = {"gguf_file": path.name, "local_files_only": True}
+            tokenizer = AutoTokenizer.from_pretrained(str(path.parent), **options)
+            model = AutoModelForCausalLM.from_pretrained(str(path.parent), dtype=dtype, **options)
+    except Exception:
+        sys.stderr.write(noise.getvalue())
+        raise
     finally:
         if bars:
             transformers_logging.enable_progress_bar()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -96,6 +95,6 @@ def _save(figure: Any, path: Path) -> None:
     part = path.with_name(f".{path.name}.part")
     try:
         figure.savefig(part, format="png", dpi=110)
-        os.replace(part, path)
+        part.replace(path)
     finally:
         part.unlink(missing_ok=True)
