@@ -77,9 +77,7 @@ def costs(layer: CapturedLayer, repeats: int = 3) -> dict[str, dict[str, float]]
         for way, options in ways(layer.query.shape[-2], k).items():
             times = interleaved_medians(
                 {
-                    "sdpa": lambda: scaled_dot_product_attention(
-                        *heads, is_causal=True, enable_gqa=True
-                    ),
+                    "sdpa": lambda: sdpa(*heads, is_causal=True, enable_gqa=True),
                     "ours": lambda o=options: cb.conv_basis_attention(
                         *heads, enable_gqa=True, backend="fft", **o
                     ),

