@@ -22,6 +22,7 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format
 
 bench: $(VENV)/.installed ## every benchmark; long
+	$(BIN)/python benchmarks/rounding.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/paper.py
