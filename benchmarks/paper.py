@@ -15,6 +15,7 @@ kept in the cache folder (CONVBASIS_CACHE), so that a run that was stopped goes 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import platform
 import statistics
@@ -69,6 +70,16 @@ def layer_errors(layer: CapturedLayer, scale: float, tick) -> dict[str, dict[str
     return found
 
 
+def mean_errors(layer: CapturedLayer, scale: float) -> list[float]:
+    """Return each head's error when attention is replaced by the plain mean of all values so far."""
+    heads = layer.query, layer.key, layer.value
+    exact = sdpa(*heads, is_causal=True, enable_gqa=True, scale=scale)
+    count = torch.arange(1, layer.value.shape[-2] + 1)[:, None]
+    mean = (layer.value.cumsum(-2) / count).repeat_interleave(exact.shape[1] // layer.value.shape[1], 1)
+    size = torch.linalg.vector_norm(exact, dim=(-1, -2))
+    return (torch.linalg.vector_norm(mean - exact, dim=(-1, -2)) / size).flatten().tolist()
+
+
 def costs(layer: CapturedLayer, repeats: int = 3) -> dict[str, dict[str, float]]:
     """Return, by way and k, the time of SDPA divided by ours (FFT backend), interleaved medians."""
     heads = layer.query, layer.key, layer.value
@@ -86,6 +97,14 @@ def costs(layer: CapturedLayer, repeats: int = 3) -> dict[str, dict[str, float]]
             )
             found.setdefault(way, {})[str(k)] = times["sdpa"] / times["ours"]
     return found
+
+
+def code_version() -> str:
+    """Return a digest of the library's and this script's source, so that no old result is reused."""
+    digest = hashlib.sha256(torch.__version__.encode())
+    for source in [*sorted(Path(cb.__file__).parent.rglob("*.py")), Path(__file__)]:
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def summary(values: list[float]) -> dict[str, float]:
@@ -112,10 +131,11 @@ def main() -> None:
     loaded = load_smollm2()
     ids = token_ids(loaded.tokenizer, sample_text(), options.length)
     layers = list(range(options.layers))
-    kept = default_cache() / f"paper-{options.length}.json"
+    kept = default_cache() / f"paper-{options.length}-{code_version()}.json"
     done = json.loads(kept.read_text()) if kept.is_file() else {}
     kept.parent.mkdir(parents=True, exist_ok=True)
     pooled: dict[str, dict[str, dict[str, list[float]]]] = {}
+    means: dict[str, list[float]] = {}
     cost: dict[str, dict[str, float]] = {}
     with Progress() as progress:
         task = progress.add_task("heads", total=len(SETTINGS) * len(layers) * len(KS) * 3)
@@ -124,8 +144,9 @@ def main() -> None:
             captured = cached_layers(lambda: loaded.model, NAME, ids, layers, position_ids=positions)
             for number, layer in captured.items():
                 key = f"{name}/{number}"
+                scale = 1.0 / layer.query.shape[-1] if over_d else layer.scale
+                means.setdefault(name, []).extend(mean_errors(layer, scale))
                 if key not in done:
-                    scale = 1.0 / layer.query.shape[-1] if over_d else layer.scale
                     done[key] = layer_errors(layer, scale, lambda: progress.advance(task))
                     part = kept.with_suffix(".part")
                     part.write_text(json.dumps(done))
@@ -150,6 +171,7 @@ def main() -> None:
             cells = [by_way[way][str(k)] for way in by_way]
             shown = [f"{c['median']:.3g} ({c['p10']:.3g}-{c['p90']:.3g})" for c in cells]
             print(f"| {k} | " + " | ".join(shown) + " |")
+        print(f"the mean of all values so far, no attention: {statistics.median(means[name]):.3g}")
     print("\nspeed, time of SDPA / time of ours by FFT, search included, one layer of 9 heads")
     print("| k | " + " | ".join(cost) + " |")
     print("|---|" + "---|" * len(cost))
@@ -163,6 +185,7 @@ def main() -> None:
         "python": platform.python_version(),
         "threads": options.threads,
         "errors": results,
+        "errors_of_the_mean": {name: summary(values) for name, values in means.items()},
         "speed_against_sdpa": cost,
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)

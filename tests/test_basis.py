@@ -73,9 +73,10 @@ class TestProducts:
         x = ((-1.0) ** torch.arange(n, dtype=torch.float64))[:, None].float()
         basis = cb.ConvBasis(torch.ones(1, n), [0])
         result = basis.matmul(x, backend="fft")
+        assert cb.last_dispatch().heads_float64 == 1
         assert cb.last_dispatch().heads_direct == 0
         expected = (torch.arange(n)[:, None] % 2 == 0).float()
-        assert (result - expected).abs().max() < 1e-3
+        assert (result - expected).abs().max() < 1e-6
 
     def test_rows_that_see_only_zeros_are_exactly_zero(self):
         kernels, starts = random_basis(600, 4, gen(), torch.float32)
@@ -85,6 +86,21 @@ class TestProducts:
         assert (basis.matmul(x, backend="fft")[:400] == 0).all()
         assert cb.last_dispatch().heads_direct == 0
         assert (basis.mT.matmul(x.flip(0), backend="fft")[200:] == 0).all()
+
+    @pytest.mark.parametrize("n", [3, 129, 257, 300])
+    def test_segments_without_columns_give_zero(self, n):
+        basis = cb.ConvBasis(torch.zeros(2, 1, n), torch.full((2, 1), n))
+        for operator in (basis, basis.mT):
+            assert (operator.matmul(torch.ones(n, 2), backend="fft") == 0).all()
+        assert basis.ranks.tolist() == [0, 0]
+
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_empty_batches_and_columns(self, backend):
+        basis = cb.ConvBasis(torch.zeros(0, 2, 200), [0, 5])
+        assert basis.matmul(torch.ones(200, 3), backend=backend).shape == (0, 200, 3)
+        assert basis.row_sum().shape == (0, 200)
+        single = cb.ConvBasis(torch.ones(2, 200), [0, 5])
+        assert single.matmul(torch.ones(200, 0), backend=backend).shape == (200, 0)
 
     def test_zero_matrix(self):
         basis = cb.ConvBasis(torch.zeros(0, 300), torch.zeros(0, dtype=torch.int64))
@@ -248,6 +264,10 @@ class TestViews:
         assert torch.allclose(basis.to_dense(), H.exp().tril())
         assert basis.ranks.tolist() == [1, 2, 3]
 
+    def test_exp_that_overflows_is_refused(self):
+        with pytest.raises(cb.InputError, match="exp of the segment kernels"):
+            cb.ConvBasis(torch.full((1, 3), 100.0), [0]).exp()
+
     def test_exp_of_the_zero_matrix_is_one_segment_of_ones(self):
         basis = cb.decompose(torch.zeros(4, 4)).exp()
         assert basis.k == 1
@@ -261,6 +281,8 @@ class TestViews:
         assert torch.equal(other.to_dense(), basis.to_dense().float())
         with pytest.raises(cb.InputError, match="dtype"):
             basis.to(torch.int64)
+        with pytest.raises(cb.InputError, match="converted kernels"):
+            cb.ConvBasis(torch.full((1, 3), 1e6), [0]).to(torch.float16)
 
     def test_repr(self):
         basis = cb.ConvBasis(torch.zeros(3, 9), [0, 2, 5])
@@ -315,6 +337,11 @@ class TestInputErrors:
         basis = cb.ConvBasis(torch.zeros(3, 1, 5), [0])
         with pytest.raises(cb.InputError, match=message):
             basis @ x
+
+    @pytest.mark.parametrize("bad", [0, -5, "x", 1.5])
+    def test_max_bytes(self, bad):
+        with pytest.raises(cb.InputError, match="max_bytes"):
+            cb.ConvBasis(torch.zeros(1, 5), [0]).matmul(torch.zeros(5), max_bytes=bad)
 
     def test_unknown_backend_is_named_with_the_known_ones(self):
         with pytest.raises(cb.InputError, match="'auto', 'fft', 'reference'"):
@@ -381,12 +408,14 @@ class TestFiles:
         assert done.returncode == 9
         assert path.read_bytes() == before
 
-    def test_save_into_a_missing_folder(self, tmp_path):
-        with pytest.raises(FileNotFoundError):
+    def test_save_into_a_missing_folder_or_onto_a_folder(self, tmp_path):
+        with pytest.raises(cb.MissingPathError, match="no folder"):
             self.basis().save(tmp_path / "no" / "b")
+        with pytest.raises(cb.InputError, match="is a folder"):
+            self.basis().save(tmp_path)
 
     def test_missing_file(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match="no file"):
+        with pytest.raises(cb.MissingPathError, match="no file"):
             cb.ConvBasis.load(tmp_path / "nothing")
 
     @pytest.mark.parametrize(
@@ -430,8 +459,12 @@ class TestFiles:
     def test_contradicting_content_is_refused(self, tmp_path):
         path = tmp_path / "b"
         tensors = {"segment_kernels": torch.zeros(2, 3), "starts": torch.tensor([2, 1])}
-        save_file(tensors, path, metadata={"format": "convbasis.ConvBasis"})
-        with pytest.raises(cb.ConvBasisError, match="increase"):
+        metadata = {"format": "convbasis.ConvBasis", "version": "1"}
+        save_file(tensors, path, metadata=metadata)
+        with pytest.raises(cb.FileFormatError, match=r"no valid basis.*increase"):
+            cb.ConvBasis.load(path)
+        save_file(tensors, path, metadata={**metadata, "version": "99"})
+        with pytest.raises(cb.FileFormatError, match="version 99"):
             cb.ConvBasis.load(path)
 
     def test_the_header_is_plain_json(self, tmp_path):

@@ -179,6 +179,10 @@ class TestTolerance:
             assert int(basis.ranks[b]) == alone.k
             assert torch.equal(basis.to_dense()[b], alone.to_dense())
 
+    def test_no_gradient_within_a_tolerance(self):
+        H = random_lower(8, gen()).requires_grad_()
+        assert not cb.decompose(H, tol=0.3).segment_kernels.requires_grad
+
 
 class TestInputErrors:
     @pytest.mark.parametrize(

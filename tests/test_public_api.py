@@ -24,6 +24,7 @@ def test_public_names_are_pinned():
         "FileFormatError",
         "InputError",
         "MissingExtraError",
+        "MissingPathError",
         "PlantedQK",
         "conv_basis_attention",
         "conv_basis_attention_stats",
@@ -59,6 +60,7 @@ def test_errors_form_one_family():
     for error in (cb.InputError, cb.FileFormatError, cb.MissingExtraError):
         assert issubclass(error, cb.ConvBasisError)
     assert issubclass(cb.InputError, ValueError)
+    assert issubclass(cb.MissingPathError, (cb.ConvBasisError, FileNotFoundError))
     assert issubclass(cb.MissingExtraError, ImportError)
     assert issubclass(cb.ConvBasisWarning, UserWarning)
 

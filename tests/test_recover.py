@@ -295,6 +295,25 @@ class TestEpsilon:
         with pytest.raises(cb.InputError, match="too large for delta"):
             cb.recover(q, q, num_bases=2, delta=1.0, epsilon=0.5)
 
+    def test_numbers_of_numpy_are_numbers(self):
+        numpy = pytest.importorskip("numpy")
+        q, k = torch.randn(2, 30, 4)
+        options = {"num_bases": numpy.int64(3), "delta": numpy.float32(1.0)}
+        same = cb.recover(q, k, num_bases=3, delta=1.0)
+        assert torch.equal(cb.recover(q, k, **options).starts, same.starts)
+
+    @pytest.mark.parametrize("search", SEARCHES)
+    def test_a_huge_last_token_does_not_move_the_threshold(self, search):
+        q, k = torch.zeros(300, 2), torch.zeros(300, 2)
+        q[:, 0] = 1.0
+        k[:, 0] = 5.0
+        k[100:, 0] = 5.93
+        options = {"num_bases": 4, "delta": 1.0, "epsilon": 0.01, "scale": 1.0}
+        before = cb.recover(q, k, **options).starts.tolist()
+        k[299, 0] = 3e6
+        after = cb.recover(q, k, **options).starts.tolist()
+        assert [s for s in after if s < 299] == before == [0]
+
 
 class TestInputErrors:
     @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from .errors import (
     FileFormatError,
     InputError,
     MissingExtraError,
+    MissingPathError,
 )
 from .planted import PlantedQK, planted_qk
 from .recover import recover
@@ -25,6 +26,7 @@ __all__ = [
     "FileFormatError",
     "InputError",
     "MissingExtraError",
+    "MissingPathError",
     "PlantedQK",
     "conv_basis_attention",
     "conv_basis_attention_stats",

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import os
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .checks import check_alike, check_finite, check_float_tensor, check_starts, compute_dtype
+from .checks import (
+    check_alike,
+    check_finite,
+    check_float_tensor,
+    check_positive_int,
+    check_starts,
+    compute_dtype,
+)
 from .convolve import DEFAULT_MAX_BYTES, segment_product
 from .convolve.segments import column_segments, lag_mask, segment_stops
 from .convolve.sums import row_sums
 from .dispatch import record_dispatch
-from .errors import InputError
+from .errors import FileFormatError, InputError
 from .storage import load_tensors, save_tensors
 
 _FORMAT = "convbasis.ConvBasis"
+_VERSION = "1"
 
 
 class ConvBasis:
@@ -198,10 +207,11 @@ class ConvBasis:
             >>> ConvBasis(torch.tensor([[1.0, 2.0]]), [0]).column(1)
             tensor([0., 1.])
         """
-        if isinstance(j, bool) or not isinstance(j, int) or not 0 <= j < self.n:
+        number: object = j
+        if isinstance(number, bool) or not isinstance(number, Integral) or not 0 <= j < self.n:
             raise InputError(f"column {j!r} does not exist; columns are 0..{self.n - 1}")
         rows = torch.arange(self.n, device=self.device)
-        return self._entries(rows[:, None], torch.tensor([[j]], device=self.device))[..., 0]
+        return self._entries(rows[:, None], torch.tensor([[int(j)]], device=self.device))[..., 0]
 
     def _entries(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Return entries at rows × columns, ``(..., n, number of columns)``."""
@@ -271,6 +281,9 @@ class ConvBasis:
 
         Columns before the first start hold 0 and become a segment of ones, which adds a basis.
 
+        Raises:
+            InputError: an entry overflows the dtype.
+
         Source:
             F3.
 
@@ -281,6 +294,7 @@ class ConvBasis:
         """
         n = self.n
         kernels = self._segment_kernels.exp().masked_fill(~lag_mask(self._starts, n), 0.0)
+        check_finite("exp of the segment kernels", kernels)
         first = (
             self._starts[..., :1] if self.k else self._starts.new_full((*self._starts.shape[:-1], 1), n)
         )
@@ -300,9 +314,14 @@ class ConvBasis:
         return ConvBasis._trusted(kernels, starts)
 
     def to(self, *args: Any, **kwargs: Any) -> ConvBasis:
-        """Return the basis with another dtype or on another device, as `torch.Tensor.to`."""
+        """Return the basis with another dtype or on another device, as `torch.Tensor.to`.
+
+        Raises:
+            InputError: the dtype is no floating-point one, or an entry overflows it.
+        """
         kernels = self._segment_kernels.to(*args, **kwargs)
         check_float_tensor("segment_kernels", kernels)
+        check_finite("the converted kernels", kernels)
         return ConvBasis._trusted(kernels, self._starts.to(kernels.device))
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -312,6 +331,7 @@ class ConvBasis:
             path: the file. An interrupted save leaves an older file as it was.
 
         Raises:
+            MissingPathError: the folder does not exist.
             OSError: the file cannot be written.
 
         Example:
@@ -322,18 +342,25 @@ class ConvBasis:
             ConvBasis(k=1, n=2, starts=[0], dtype=torch.float32)
         """
         tensors = {"segment_kernels": self._segment_kernels, "starts": self._starts}
-        save_tensors(Path(path), tensors, {"format": _FORMAT, "version": "1"})
+        save_tensors(Path(path), tensors, {"format": _FORMAT, "version": _VERSION})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ConvBasis:
         """Read a basis that `save` wrote; nothing in the file is executed.
 
         Raises:
-            FileFormatError: the file is damaged or holds something else.
-            FileNotFoundError: there is no such file.
+            FileFormatError: the file is damaged, holds something else, or is of a later version.
+            MissingPathError: there is no such file.
         """
-        tensors, _ = load_tensors(Path(path), _FORMAT, ("segment_kernels", "starts"))
-        return cls(tensors["segment_kernels"], tensors["starts"])
+        tensors, metadata = load_tensors(Path(path), _FORMAT, ("segment_kernels", "starts"))
+        if metadata.get("version") != _VERSION:
+            raise FileFormatError(
+                f"{str(path)!r} is of version {metadata.get('version')}; this release reads {_VERSION}"
+            )
+        try:
+            return cls(tensors["segment_kernels"], tensors["starts"])
+        except InputError as error:
+            raise FileFormatError(f"{str(path)!r} holds no valid basis: {error}") from error
 
     def _folded(self) -> tuple[Tensor, Tensor]:
         """Return kernels ``(P, 1, k, n)`` in the dtype of computation, and starts ``(P, 1, k)``."""
@@ -368,12 +395,15 @@ class ConvBasis:
         starts = self._starts.expand(*shape, self.k).reshape(problems, 1, self.k)
         values = x.expand(*shape, n, columns).reshape(problems, 1, n, columns)
         work = compute_dtype(x.dtype)
+        budget = DEFAULT_MAX_BYTES
+        if max_bytes is not None:
+            budget = check_positive_int("max_bytes", max_bytes, "a number of bytes")
         product, dispatch = segment_product(
             kernels.to(work),
             starts,
             values.to(work),
             backend=backend,
-            max_bytes=DEFAULT_MAX_BYTES if max_bytes is None else max_bytes,
+            max_bytes=budget,
             transpose=transpose,
         )
         record_dispatch(dispatch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -17,11 +18,7 @@ def describe(value: object) -> str:
     """Return a short description of a value, for error messages."""
     if isinstance(value, Tensor):
         return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
-    return (
-        f"{value!r}"
-        if isinstance(value, int | float | str | bool | None)
-        else f"a {type(value).__name__}"
-    )
+    return f"{value!r}" if isinstance(value, Real | str | bool | None) else f"a {type(value).__name__}"
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -73,16 +70,23 @@ def check_finite(name: str, value: Tensor, relevant: Tensor | None = None) -> No
 
 def check_positive_int(name: str, value: object, what: str) -> int:
     """Return value if it is an integer >= 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise InputError(f"{name}={describe(value)} is not a positive integer; give {what}")
-    return value
+    return int(value)
+
+
+def check_nonnegative(name: str, value: object) -> float:
+    """Return value if it is a finite number >= 0."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < math.inf:
+        raise InputError(f"{name}={describe(value)} is not a finite number >= 0")
+    return float(value)
 
 
 def check_scale(scale: object, head_dim: int) -> float:
     """Return the factor of the logits, 1/sqrt(d) by default."""
     if scale is None:
         return 1.0 / math.sqrt(head_dim)
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+    if isinstance(scale, bool) or not isinstance(scale, Real) or not math.isfinite(scale):
         raise InputError(f"scale={describe(scale)} is not a finite number")
     return float(scale)
 

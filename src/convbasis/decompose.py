@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from .basis import ConvBasis
-from .checks import check_finite, check_float_tensor, describe
+from .checks import check_finite, check_float_tensor, check_nonnegative
 from .errors import InputError
 
 
@@ -27,7 +25,8 @@ def decompose(H: Tensor, *, tol: float = 0.0) -> ConvBasis:
 
     Returns:
         A `ConvBasis` with ``max |to_dense() - H| <= tol``; k = 0 for the zero matrix. In a batch k is
-        the largest of the members', `ConvBasis.ranks` tells each one's.
+        the largest of the members', `ConvBasis.ranks` tells each one's. Gradients reach H through the
+        exact decomposition (tol = 0) alone.
 
     Raises:
         InputError: H is not floating point, not square, not lower triangular, or not finite; tol is
@@ -50,8 +49,7 @@ def decompose(H: Tensor, *, tol: float = 0.0) -> ConvBasis:
         raise InputError(
             f"H has shape {tuple(H.shape)}; square matrices (..., n, n) with n >= 1 are wanted"
         )
-    if isinstance(tol, bool) or not isinstance(tol, int | float) or not 0 <= tol < math.inf:
-        raise InputError(f"tol={describe(tol)} is not a finite number >= 0")
+    within = check_nonnegative("tol", tol)
     check_finite("H", H)
     above = H.detach().triu(1)
     if bool((above != 0).any()):
@@ -62,7 +60,7 @@ def decompose(H: Tensor, *, tol: float = 0.0) -> ConvBasis:
         )
     *batch, n, _ = H.shape
     matrices = H.reshape(-1, n, n)
-    starts, kernels = _exact(matrices) if tol == 0 else _within(matrices, float(tol))
+    starts, kernels = _exact(matrices) if within == 0 else _within(matrices.detach(), within)
     k = starts.shape[-1]
     return ConvBasis._trusted(kernels.view(*batch, k, n), starts.view(*batch, k))
 

@@ -15,6 +15,10 @@ class FileFormatError(ConvBasisError, ValueError):
     """A file is damaged, or was not written by convbasis."""
 
 
+class MissingPathError(ConvBasisError, FileNotFoundError):
+    """A file to read, or the folder of a file to write, does not exist."""
+
+
 class MissingExtraError(ConvBasisError, ImportError):
     """A feature needs an optional dependency that is not installed."""
 

@@ -8,7 +8,9 @@ from torch import Tensor
 from .convolve.segments import lag_mask
 
 
-def segment_logits(query: Tensor, key: Tensor, starts: Tensor, scale: float) -> Tensor:
+def segment_logits(
+    query: Tensor, key: Tensor, starts: Tensor, scale: float, stop: Tensor | None = None
+) -> Tensor:
     """Return ``c_r[t] = scale · q[s_r + t]·k[s_r]``, -inf where the lag leaves the matrix.
 
     Args:
@@ -16,6 +18,7 @@ def segment_logits(query: Tensor, key: Tensor, starts: Tensor, scale: float) -> 
         key: ``(P, n, d)``.
         starts: ``(P, R, k)`` or ``(1, 1, k)``; a start of n gives a kernel of -inf.
         scale: multiplies the products.
+        stop: ``(P, 1, 1)`` tokens that count; kernels are -inf from there on too. None for all.
 
     Returns:
         ``(P, R, k, n)``.
@@ -30,4 +33,4 @@ def segment_logits(query: Tensor, key: Tensor, starts: Tensor, scale: float) -> 
     products = first_keys @ query.mT  # by query position
     lags = torch.arange(n, device=query.device)
     shifted = products.gather(-1, (starts[..., None] + lags).clamp(max=n - 1))
-    return shifted.masked_fill(~lag_mask(starts, n), -torch.inf)
+    return shifted.masked_fill(~lag_mask(starts, n, stop), -torch.inf)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .basis import ConvBasis
-from .checks import check_positive_int, describe
+from .checks import check_nonnegative, check_positive_int
 from .errors import InputError
 
 
@@ -76,8 +76,7 @@ def planted_qk(
     check_positive_int("num_bases", num_bases, "the number of segments")
     if num_bases > n:
         raise InputError(f"num_bases={num_bases} segments do not fit into n={n} columns")
-    if isinstance(noise, bool) or not isinstance(noise, int | float) or not 0 <= noise < math.inf:
-        raise InputError(f"noise={describe(noise)} is not a finite number >= 0")
+    noise = check_nonnegative("noise", noise)
     if noise and d == 1:
         raise InputError("noise needs a dimension of its own: give d >= 2, or noise=0")
 

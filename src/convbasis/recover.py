@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from typing import NamedTuple
 
@@ -14,10 +13,10 @@ from .checks import (
     check_alike,
     check_finite,
     check_float_tensor,
+    check_nonnegative,
     check_positive_int,
     check_scale,
     compute_dtype,
-    describe,
 )
 from .convolve.segments import lag_mask
 from .errors import ConvBasisWarning, InputError
@@ -27,6 +26,7 @@ SEARCHES = ("linear", "binary")
 _LANES = 16  # thresholds tried at once by the search for the largest one
 _ROUNDS = 5  # each narrows the ratio of the bracket to its 16th root
 _STEP = 0.7  # of a descent through thresholds that find equally many starts
+_LEAST_STEPS = 2  # fewer are no sign of clear structure
 _LEAST_CHUNK = 64  # columns looked at in one step of the linear scan
 
 
@@ -68,8 +68,8 @@ def recover(
         window: T, the number of lags compared, in tokens; 1..n. No start is found after column n - T.
         delta: δ, the least distance of two segments, in nats. It should exceed rounding, about
             ``T · eps · max |logit|``, or noise becomes starts; 0 makes every column a start. None
-            takes the largest δ at which the linear scan finds K starts, or, where far smaller ones
-            find no more, the smallest of those, so that noise does not shift the starts.
+            takes the largest δ at which the linear scan finds K starts; or, where all down to half of
+            it find no more, the least of those, so that noise does not shift the starts.
         epsilon: ε, a known bound on the errors of the logits, in nats. Given together with delta the
             threshold is the paper's, ``δ - 2Tε``, else ``δ/2``, which is right for every
             ``ε < δ/(4T)``. With ``delta=None`` the threshold stays above ``2Tε``.
@@ -133,35 +133,27 @@ def search_options(
         raise InputError(f"window={lags} lags do not fit into a sequence of {n} tokens")
     if search not in SEARCHES:
         raise InputError(f"search={search!r} is not known; use 'linear' or 'binary'")
-    for name, value in (("delta", delta), ("epsilon", epsilon)):
-        number = not isinstance(value, bool) and isinstance(value, int | float)
-        if (value is not None or name == "epsilon") and not (
-            number and 0 <= float(value) < math.inf  # type: ignore[arg-type]
-        ):
-            raise InputError(f"{name}={describe(value)} is not a finite number >= 0")
-    assert delta is None or isinstance(delta, int | float)
-    assert isinstance(epsilon, int | float)
-    if search == "binary" and delta is None:
+    distance = None if delta is None else check_nonnegative("delta", delta)
+    bound = check_nonnegative("epsilon", epsilon)
+    if search == "binary" and distance is None:
         raise InputError(
             "search='binary' needs delta, the least distance of two segments; give it, or use "
             "search='linear', which can choose it"
         )
-    if delta is not None and epsilon > 0:
-        if delta - 2 * lags * epsilon <= 0:
+    if distance is not None and bound > 0:
+        if distance - 2 * lags * bound <= 0:
             raise InputError(
-                f"epsilon={epsilon} is too large for delta={delta} and window={lags}: the threshold "
+                f"epsilon={bound} is too large for delta={distance} and window={lags}: the threshold "
                 "delta - 2·window·epsilon must be positive"
             )
-        if epsilon > delta / (5 * lags) * (1 + 1e-12):
+        if bound > distance / (5 * lags) * (1 + 1e-12):
             warnings.warn(
-                f"epsilon={epsilon} exceeds delta/(5·window) = {delta / (5 * lags)}: starts may be "
+                f"epsilon={bound} exceeds delta/(5·window) = {distance / (5 * lags)}: starts may be "
                 "wrong",
                 ConvBasisWarning,
                 stacklevel=3,
             )
-    return SearchOptions(
-        bases, lags, None if delta is None else float(delta), float(epsilon), str(search)
-    )
+    return SearchOptions(bases, lags, distance, bound, str(search))
 
 
 @torch.no_grad()
@@ -209,15 +201,21 @@ def _windows(query: Tensor, key: Tensor, scale: float, window: int) -> Tensor:
     return torch.stack(lags, dim=-1).flatten(0, 1)
 
 
-def _threshold(options: SearchOptions, largest: Tensor) -> Tensor:
-    """Return the threshold of the distance for a given delta, with slack for rounding."""
+def _threshold(options: SearchOptions) -> float:
+    """Return the threshold of the distance for a given delta, before `_with_slack`."""
     assert options.delta is not None
     if options.epsilon == 0:
-        return torch.full_like(largest, options.delta / 2)
-    exact = options.delta - 2 * options.window * options.epsilon
-    rounding = 4 * options.window * torch.finfo(largest.dtype).eps * largest
-    slack = torch.clamp(rounding, max=0.1 * exact)
-    return exact * (1 - 1e-12) - slack
+        return options.delta / 2
+    return options.delta - 2 * options.window * options.epsilon
+
+
+def _with_slack(threshold: Tensor, reference: Tensor) -> Tensor:
+    """Lower a threshold by the rounding of distances from a reference window ``(..., T)``.
+
+    It looks at nothing but that window: what comes later must not move a threshold.
+    """
+    rounding = 4 * reference.shape[-1] * torch.finfo(reference.dtype).eps * reference.abs().amax(-1)
+    return threshold * (1 - 1e-12) - torch.minimum(rounding, 0.1 * threshold)
 
 
 def _linear_search(
@@ -226,8 +224,8 @@ def _linear_search(
     """Return starts ``(G, K)`` by linear scans, at the given delta or at the largest that finds K."""
     bases = min(options.num_bases, n)
     if options.delta is not None:
-        threshold = _threshold(options, windows.abs().amax((-1, -2)))
-        return _scan(windows, threshold[:, None], bases, first, stop, n)[:, 0]
+        threshold = windows.new_full((len(windows), 1), _threshold(options))
+        return _scan(windows, threshold, bases, first, stop, n, options.epsilon > 0)[:, 0]
 
     # The largest threshold that still finds all starts, or as many as there are at the least one.
     wanted = torch.minimum(torch.full_like(first, bases), (stop - first).clamp(min=1))
@@ -268,11 +266,17 @@ def _linear_search(
     same = ((found < n).sum(-1) == wanted[:, None]).int().cumprod(-1).sum(-1)
     index = (same - 1).clamp(min=0)[:, None, None].expand(-1, 1, bases)
     settled = found[..., :bases].gather(1, index)[:, 0]
-    return torch.where((same > 0)[:, None], settled, starts)
+    return torch.where((same > _LEAST_STEPS)[:, None], settled, starts)
 
 
 def _scan(
-    windows: Tensor, thresholds: Tensor, bases: int, first: Tensor, stop: Tensor, n: int
+    windows: Tensor,
+    thresholds: Tensor,
+    bases: int,
+    first: Tensor,
+    stop: Tensor,
+    n: int,
+    slack: bool = False,
 ) -> Tensor:
     """Scan from the left for each threshold; return starts ``(G, L, K)`` filled up with n.
 
@@ -283,10 +287,11 @@ def _scan(
         first: ``(G,)`` first column, always a start unless it is n.
         stop: ``(G,)`` columns from here on are not looked at.
         n: the sequence length.
+        slack: leave room for rounding below the thresholds.
     """
     groups, count, _ = windows.shape
     lanes = thresholds.shape[1]
-    limit = thresholds.reshape(-1)
+    thresholds = thresholds.reshape(-1)
     stop = stop.repeat_interleave(lanes)
     owner = torch.arange(groups, device=windows.device).repeat_interleave(lanes)
     first = first.repeat_interleave(lanes)
@@ -295,7 +300,7 @@ def _scan(
     reference = windows[owner, first.clamp(max=count - 1)]
     found = torch.ones_like(first)
     position = first + 1
-    chunk = min(count, max(_LEAST_CHUNK, count // bases))
+    chunk = min(count, max(_LEAST_CHUNK, count // (bases * lanes)))
     offsets = torch.arange(chunk, device=windows.device)
     while True:
         active = ((found < bases) & (position < stop)).nonzero()[:, 0]
@@ -304,7 +309,10 @@ def _scan(
         columns = position[active, None] + offsets
         block = windows[owner[active, None], columns.clamp(max=count - 1)]
         distance = (block - reference[active, None]).abs().sum(-1)
-        hit = (distance >= limit[active, None]) & (columns < stop[active, None])
+        limit = thresholds[active]
+        if slack:
+            limit = _with_slack(limit, reference[active])
+        hit = (distance >= limit[:, None]) & (columns < stop[active, None])
         any_hit = hit.any(-1)
         where = hit.int().argmax(-1)
         position[active] += torch.where(any_hit, where + 1, chunk)
@@ -336,8 +344,9 @@ def _binary_search(
     low = first + 1
     for r in range(1, bases):
         left, right = low.clone(), stop - 1
-        largest = reference.abs().amax(-1)
-        threshold = _threshold(options, largest)
+        threshold = reference.new_full((len(group),), _threshold(options))
+        if options.epsilon > 0:
+            threshold = _with_slack(threshold, reference)
         while bool((left < right).any()):
             middle = (left + right) // 2
             differs = (window_at(middle) - reference).abs().sum(-1) >= threshold

@@ -9,13 +9,23 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .errors import FileFormatError
+from .errors import FileFormatError, InputError, MissingPathError
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write tensors and metadata to one file; an interruption leaves an older file as it was."""
+    """Write tensors and metadata to one file; an interruption leaves an older file as it was.
+
+    Raises:
+        MissingPathError: there is no such folder.
+        InputError: the path is a folder.
+        OSError: the file cannot be written.
+    """
     from safetensors.torch import save_file
 
+    if not path.parent.is_dir():
+        raise MissingPathError(f"there is no folder {str(path.parent)!r} to write {path.name!r} into")
+    if path.is_dir():
+        raise InputError(f"{str(path)!r} is a folder; name a file in it")
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     os.close(handle)
@@ -37,12 +47,12 @@ def load_tensors(
 
     Raises:
         FileFormatError: the file is damaged, of another format, or lacks a tensor.
-        FileNotFoundError: there is no such file.
+        MissingPathError: there is no such file.
     """
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {str(path)!r}")
+        raise MissingPathError(f"there is no file {str(path)!r}")
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}

@@ -168,6 +168,7 @@ class TestSegments:
             ({"starts": [0, 5, 5]}, "increase strictly"),
             ({"starts": [0, 9, 5]}, "increase strictly"),
             ({"starts": [0, 41]}, "0..39"),
+            ({"starts": [0, 40]}, "past the last token"),
             ({"starts": [0, -1]}, "0..39"),
             ({"starts": []}, "empty"),
             ({"starts": [[0, 1], [0]]}, "integers"),
@@ -260,6 +261,18 @@ class TestNumerics:
         assert stats.dispatch.heads_float64 == 0
         assert stats.dispatch.rows_recomputed < 60
 
+    @pytest.mark.parametrize("width", [1, 2, 4])
+    def test_rows_that_cancel_are_right_and_causal_too(self, width):
+        query, key, value = qkv(4000, d_v=width, dtype=torch.float32)
+        starts = torch.arange(0, 4000, 500)
+        exact = cb.conv_basis_attention(query, key, value, starts=starts, backend="reference")
+        output = cb.conv_basis_attention(query, key, value, starts=starts, backend="fft")
+        assert_close(exact, output, whole=1e-5, row=5e-5)
+        value = value.clone()
+        value[:, :, 3000:] *= 100
+        later = cb.conv_basis_attention(query, key, value, starts=starts, backend="fft")
+        assert_close(output[:, :, :3000], later[:, :, :3000], whole=1e-5, row=5e-5)
+
     def test_value_that_is_zero_gives_zero(self):
         query, key, value = qkv(400, dtype=torch.float32)
         stats = cb.conv_basis_attention_stats(query, key, value * 0, segment_length=64, backend="fft")
@@ -276,6 +289,10 @@ class TestNumerics:
         query, key, value = qkv(200, dtype=torch.float32)
         with pytest.raises(cb.InputError, match="overflow"):
             cb.conv_basis_attention(query * 1e20, key * 1e20, value, segment_length=10)
+        one = torch.full((1, 1, 4, 1), 1e25)
+        for sign in (1, -1):
+            with pytest.raises(cb.InputError, match="overflow"):
+                cb.conv_basis_attention(one, sign * one, one, starts=[0])
 
     def test_autocast_does_not_reach_inside(self):
         inputs = qkv(200, dtype=torch.float32)
@@ -375,6 +392,9 @@ class TestPadding:
         expected, lse = reference.conv_basis_attention(
             clean, key, value, torch.tensor([0, 40, 41, 100, 200]), real=real
         )
+        # Rows after the last real token are padding themselves.
+        past = (torch.arange(n) > torch.where(real, torch.arange(n), -1).amax(-1)[:, None])[:, None]
+        expected, lse = expected.masked_fill(past[..., None], 0.0), lse.masked_fill(past, -torch.inf)
         options = {"starts": [0, 40, 41, 100, 200], "enable_gqa": True, "backend": backend}
         spoiled = [x.clone() for x in (query, key, value)]
         for x in spoiled:  # what stands at padding is never used
@@ -441,6 +461,18 @@ class TestPadding:
             expected = torch.where(plain.basis.starts < n, plain.basis.starts + before, len(tokens))
             assert torch.equal(stats.basis.starts, expected)
             assert_close(plain.output, stats.output[:, :, before : before + n], whole=1e-12, row=1e-10)
+
+    @pytest.mark.parametrize("search", ["linear", "binary"])
+    def test_recovery_beside_an_empty_member(self, search):
+        query, key, value = qkv(150, batch=2)
+        real = torch.stack([torch.zeros(150, dtype=torch.bool), torch.ones(150, dtype=torch.bool)])
+        options = {"num_bases": 5, "delta": 3.0, "search": search}
+        stats = cb.conv_basis_attention_stats(query, key, value, key_padding_mask=real, **options)
+        assert (stats.output[0] == 0).all()
+        assert (stats.lse[0] == -torch.inf).all()
+        assert stats.basis.ranks.tolist()[0] == [0]
+        alone = cb.conv_basis_attention(query[1:], key[1:], value[1:], **options)
+        assert_close(alone, stats.output[1:], whole=1e-12, row=1e-10)
 
     def test_a_mask_without_padding_changes_nothing(self):
         inputs = qkv(150)

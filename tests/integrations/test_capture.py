@@ -127,12 +127,21 @@ class TestCache:
         cached_layers(lambda: tiny, "tiny", ids(), [0], position_ids=torch.zeros_like(ids()), **options)
         assert len(list(tmp_path.iterdir())) == 5
 
-    def test_a_foreign_file_in_its_place_is_refused(self, tiny, tmp_path):
-        cached_layers(lambda: tiny, "tiny", ids(), [0], folder=tmp_path)
+    @pytest.mark.parametrize("content", ["foreign", "damaged", "no scale"])
+    def test_an_unusable_file_is_captured_again(self, tiny, tmp_path, caplog, content):
+        first = cached_layers(lambda: tiny, "tiny", ids(), [0], folder=tmp_path)
         (place,) = tmp_path.iterdir()
-        save_tensors(place, {"x": torch.zeros(1)}, {"format": "other"})
-        with pytest.raises(cb.FileFormatError, match="'other'"):
-            cached_layers(lambda: tiny, "tiny", ids(), [0], folder=tmp_path)
+        if content == "damaged":
+            place.write_bytes(place.read_bytes()[:100])
+        elif content == "foreign":
+            save_tensors(place, {"x": torch.zeros(1)}, {"format": "other"})
+        else:
+            tensors = {f"0.{name}": getattr(first[0], name) for name in ("query", "key", "value")}
+            save_tensors(place, tensors, {"format": "convbasis.captures"})
+        again = cached_layers(lambda: tiny, "tiny", ids(), [0], folder=tmp_path)
+        assert "capturing again" in caplog.text
+        assert torch.equal(again[0].query, first[0].query)
+        assert cached_layers(None, "tiny", ids(), [0], folder=tmp_path)[0].scale == first[0].scale
 
     def test_default_folder(self, monkeypatch, tmp_path):
         monkeypatch.setenv("CONVBASIS_CACHE", str(tmp_path / "a"))

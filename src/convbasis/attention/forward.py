@@ -38,7 +38,8 @@ def conv_basis_fwd(
     """Return softmax attention under segmented logits.
 
     Args:
-        logits: ``(P, R, k, n)`` segment kernels, -inf past lag n - 1 - start; finite before.
+        logits: ``(P, R, k, n)`` segment kernels, -inf past lag n - 1 - start and for the queries after
+            the last real token; finite elsewhere.
         starts: ``(P, R, k)`` or ``(1, 1, k)``.
         value: ``(P, 1, n, d_v)``, dtype of logits, zero at padding.
         real: bool ``(P, n)``, False for padding; None where there is none.
@@ -77,7 +78,17 @@ def conv_basis_fwd(
         (output, lse), rescue = evaluate_safely(transform, direct, logits.dtype)
         dispatch = Dispatch("fft", reason, *rescue)
         dispatch.warn_if_direct(groups)
-    return Forward(output.view(problems, sets, n, width), lse.view(problems, sets, n), dispatch)
+    output, lse = output.view(problems, sets, n, width), lse.view(problems, sets, n)
+    if real is not None:
+        hidden = ~_visible_rows(real)[:, None]
+        output = output.masked_fill(hidden[..., None], 0.0)
+        lse = lse.masked_fill(hidden, -torch.inf)
+    return Forward(output, lse, dispatch)
+
+
+def _visible_rows(real: Tensor) -> Tensor:
+    """Return the rows from the first to the last real token, bool ``(P, n)``."""
+    return real.cummax(-1).values & real.flip(-1).cummax(-1).values.flip(-1)
 
 
 def _transform(
@@ -101,7 +112,7 @@ def _transform(
 
     visible = torch.ones_like(normaliser, dtype=torch.bool)
     if real is not None:
-        visible = real.cummax(-1).values[:, None].expand(normaliser.shape)
+        visible = _visible_rows(real)[:, None].expand(normaliser.shape)
     reached = reached_rows(starts, value)
     lost = lost_rows(
         numerator,
@@ -109,9 +120,8 @@ def _transform(
         reached,
         magnitude,
         tolerance=_TOLERANCE[result],
-        eps=torch.finfo(result).eps,
     )
-    lost = lost | (doubtful & visible)
+    lost = (lost | doubtful) & visible
     # A row that sees only zero values is zero, whatever the transform says.
     usable = visible & ~lost
     divisor = torch.where(usable, normaliser, 1.0)

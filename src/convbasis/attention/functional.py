@@ -24,7 +24,7 @@ from ..dispatch import Dispatch, record_dispatch
 from ..errors import InputError
 from ..logits import segment_logits
 from .forward import Forward, conv_basis_fwd
-from .segments import check_segments, resolve_starts
+from .segments import check_segments, last_tokens, resolve_starts
 
 
 class AttentionStats(NamedTuple):
@@ -87,7 +87,8 @@ def conv_basis_attention(
             consecutive query heads.
         key_padding_mask: bool ``(B, n)``, True for a real token. Padding keys vanish from numerator and
             normaliser; a segment that begins in padding takes its first real key. Entries of query,
-            key and value at padding are never used.
+            key and value at padding are never used: rows before the first and after the last real
+            token are 0; where padding stands between real tokens, its queries count as 0.
         backend: ``"fft"``; ``"reference"``, direct evaluation in O(n^2) time; or ``"auto"``. It
             changes how, never what is computed.
         max_bytes: bound on the working memory of the transforms, in bytes; 256 MiB by default.
@@ -116,7 +117,7 @@ def conv_basis_attention(
 
     Complexity:
         O(k n d_v log n + k n d) time and O(n (d + d_v) + k n) memory for each head; direct heads take
-        O(n^2) time.
+        O(n^2) time. Recording gradients keeps the k transforms, and all entries of direct heads.
 
     Source:
         F2 to F5 of docs/mathematics.md; Conv-Basis (arXiv 2405.05219), Algorithm 1.
@@ -202,7 +203,7 @@ def conv_basis_attention_stats(
         max_bytes=max_bytes,
     )
     batch, heads, n, _ = query.shape
-    kept = call.logits.masked_fill(~lag_mask(call.starts, n), 0.0)
+    kept = call.logits.masked_fill(call.logits == -torch.inf, 0.0)  # outside the matrix, and padding
     basis = ConvBasis._trusted(
         kept.view(batch, heads, -1, n),
         call.starts.expand(*call.logits.shape[:-1]).reshape(batch, heads, -1),
@@ -278,8 +279,10 @@ def _attend(
         real = None if mask is None else mask.repeat_interleave(kv_heads, dim=0)
 
         used = resolve_starts(request, query_, key_, factor, real)
-        logits = segment_logits(query_, key_, used, factor)
-        if not bool((logits.detach() < torch.inf).all()):  # False for NaN too
+        stop = None if real is None else last_tokens(real)[:, None, None]
+        logits = segment_logits(query_, key_, used, factor, stop)
+        outside = ~lag_mask(used, n, stop)
+        if not bool((logits.detach().isfinite() | outside).all()):
             raise InputError(
                 f"the logits scale·query·key overflow {work} (scale={factor}); make query and key "
                 "smaller"

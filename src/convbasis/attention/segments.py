@@ -64,6 +64,10 @@ def check_segments(
         length = check_positive_int("segment_length", segment_length, "a number of tokens")
         return SegmentRequest(torch.arange(0, n, length, device=device), None)
     found = check_starts(starts, n, device, from_zero=True)
+    if found.ndim == 1 and int(found[-1]) == n:
+        raise InputError(
+            f"starts end in {n}, past the last token {n - 1}; only (B, H, k) may be filled up with n"
+        )
     if found.ndim != 1 and found.shape[:-1] != (batch, heads):
         raise InputError(
             f"starts has shape {tuple(found.shape)}; (k,) for all heads or (B, H, k) = "
@@ -98,6 +102,12 @@ def resolve_starts(
         shape = (1, 1) if request.starts.ndim == 1 else (problems, sets)
         starts = request.starts.reshape(*shape, -1)
     return starts if real is None else _to_real_keys(starts.expand(problems, sets, -1), real)
+
+
+def last_tokens(real: Tensor) -> Tensor:
+    """Return one more than the position of the last real token, 0 where there is none, ``(P,)``."""
+    tokens = torch.arange(1, real.shape[-1] + 1, device=real.device)
+    return torch.where(real, tokens, 0).amax(-1)
 
 
 def _to_real_keys(starts: Tensor, real: Tensor) -> Tensor:

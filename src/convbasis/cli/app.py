@@ -31,7 +31,7 @@ def _one_line_errors(command: _Command) -> _Command:
         try:
             return command(*args, **options)
         except ConvBasisError as error:
-            Console(stderr=True).print(f"error: {error}", style="bold red", markup=False)
+            typer.secho(f"error: {error}", fg="red", err=True)
             raise typer.Exit(1) from None
 
     return run  # type: ignore[return-value]

@@ -22,7 +22,7 @@ from ..integrations.capture import CapturedLayer, cached_layers
 from ..integrations.smollm2 import NAME, LoadedModel, load_smollm2, sample_text, token_ids
 from ..planted import PlantedQK, planted_qk
 from ..recover import recover
-from ..report.figures import Curve, Triple, attention_figure
+from ..report.figures import Curve, Triple, attention_figure, require_matplotlib
 from ..report.timing import interleaved_medians
 
 _PLANTED_LENGTHS = (2048, 16_384)
@@ -55,6 +55,7 @@ def run_demo(
         chosen = [int(part) for part in layers.split(",")]
     except ValueError:
         raise InputError(f"layers={layers!r}: give numbers separated by commas, as 2,15,28") from None
+    require_matplotlib()
     output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     columns = (

@@ -45,9 +45,9 @@ def segment_product(
     problems, sets, k, n = kernels.shape
     groups, columns = problems * sets, x.shape[-1]
     chosen_backend, reason = resolve_backend(backend, n)
-    if k == 0:
+    if k == 0 or groups * columns == 0:
         zero = kernels.new_zeros((problems, sets, n, columns))
-        return zero, Dispatch(chosen_backend, "the zero matrix")
+        return zero, Dispatch(chosen_backend, "the result is zero or empty")
     flat_kernels = kernels.reshape(groups, k, n)
     flat_starts = starts.expand(problems, sets, k).reshape(groups, k)
     flat_x = x.expand(problems, sets, n, columns)
@@ -84,7 +84,6 @@ def segment_product(
             reached,
             magnitude,
             tolerance=_TOLERANCE[kernels.dtype],
-            eps=torch.finfo(kernels.dtype).eps,
         )
         return (product.reshape(-1, n, columns),), lost.reshape(-1, n)
 

@@ -33,7 +33,7 @@ def fft_product(
     """
     problems, sets, _, n = kernels.shape
     columns = x.shape[-1]
-    longest = int((segment_stops(starts, n) - starts).max())
+    longest = max(1, int((segment_stops(starts, n) - starts).max()))
     length = fast_length(n + longest - 1)
     # Per column and kernel set: masked values, their transform, the accumulator and one product.
     column_bytes = (4 * length + 3 * n) * sets * kernels.element_size()

@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# In units of rounding, the error against |A||x| that a direct sum in the result's precision would have
-# too: where terms cancel in a row, direct evaluation would bring nothing.
+# In units of float64's rounding, the error against |A||x| that a direct sum in float64 would have too:
+# where terms cancel in a row, direct evaluation would bring nothing.
 _INHERENT = 8.0
 
 
@@ -42,18 +42,16 @@ def lost_rows(
     magnitude: Callable[[], Tensor],
     *,
     tolerance: float,
-    eps: float,
 ) -> Tensor:
     """Find the rows whose rounding error is too large to be used.
 
     Args:
-        product: ``(P, R, n, c)``.
+        product: ``(P, R, n, c)``, in the dtype that the transform worked in.
         noise: ``(P, R, 1)`` or ``(P, R, n)``, expected error of a row in the Euclidean norm.
         reached: what `reached_rows` says; the other rows are never lost.
         magnitude: returns ``(P, R, n)``, the product of absolute values ``|A| |x|`` with ``|x|`` the
-            row norms of x; only called when some row is doubtful.
+            row norms of x; only called when some row of a float64 transform is doubtful.
         tolerance: the largest relative error of a row that passes.
-        eps: rounding unit of the result.
 
     Returns:
         bool ``(P, R, n)``, True where the row must be evaluated directly.
@@ -61,7 +59,7 @@ def lost_rows(
     norms = torch.linalg.vector_norm(product.detach(), dim=-1, dtype=torch.float64)
     finite = norms.isfinite()
     doubtful = ~(finite & (noise <= tolerance * norms)) & reached
-    if not bool(doubtful.any()):
+    if product.dtype != torch.float64 or not bool(doubtful.any()):
         return doubtful
-    inherent = _INHERENT * eps * magnitude().double()
+    inherent = _INHERENT * torch.finfo(torch.float64).eps * magnitude()
     return doubtful & ~(finite & (noise <= inherent))

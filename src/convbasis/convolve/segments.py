@@ -24,6 +24,10 @@ def column_segments(starts: Tensor, n: int) -> Tensor:
     return torch.searchsorted(starts.contiguous(), columns.contiguous(), right=True) - 1
 
 
-def lag_mask(starts: Tensor, n: int) -> Tensor:
-    """Return True where a kernel entry means something: ``lag <= n - 1 - start``; ``(..., k, n)``."""
-    return torch.arange(n, device=starts.device) < (n - starts)[..., None]
+def lag_mask(starts: Tensor, n: int, stop: Tensor | None = None) -> Tensor:
+    """Return True where a kernel entry means something: ``start + lag < n``; ``(..., k, n)``.
+
+    With stop, which broadcasts with starts, ``start + lag < stop``: rows from stop on are padding.
+    """
+    limit = starts.new_tensor(n) if stop is None else stop
+    return torch.arange(n, device=starts.device) < (limit - starts)[..., None]

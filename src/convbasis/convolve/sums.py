@@ -28,6 +28,8 @@ def row_sums(kernels: Tensor, starts: Tensor, stops: Tensor) -> Tensor:
     problems, sets, k, n = kernels.shape
     starts, stops = (t.expand(problems, sets, k) for t in (starts, stops))
     result = kernels.new_zeros((problems, sets, n), dtype=torch.float64)
+    if result.numel() == 0:
+        return result
     step = max(1, _BLOCK_ENTRIES // max(1, problems * sets * n))
     for r in range(0, k, step):
         block = slice(r, r + step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,9 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import InputError, MissingExtraError
+from ..errors import FileFormatError, InputError, MissingExtraError
 from ..storage import load_tensors, save_tensors
 
+_logger = logging.getLogger("convbasis")
 _NAME = "convbasis_capture"
 _FORMAT = "convbasis.captures"
 
@@ -139,7 +141,10 @@ def cached_layers(
         digest.update(b"none" if ids is None else repr(ids.tolist()).encode())
     place = (default_cache() if folder is None else folder) / f"{digest.hexdigest()[:32]}.safetensors"
     if place.is_file():
-        return _read(place, layers)
+        try:
+            return _read(place, layers)
+        except FileFormatError as error:
+            _logger.warning("%s; capturing again", error)
     captured = capture_layers(load(), input_ids, layers, position_ids=position_ids, progress=progress)
     tensors = {
         f"{layer}.{field}": getattr(kept, field)
@@ -161,6 +166,8 @@ def _own(tensor: Tensor) -> Tensor:
 def _read(place: Path, layers: Sequence[int]) -> dict[int, CapturedLayer]:
     names = [f"{layer}.{field}" for layer in layers for field in ("query", "key", "value")]
     tensors, metadata = load_tensors(place, _FORMAT, names)
+    if any(f"{layer}.scale" not in metadata for layer in layers):
+        raise FileFormatError(f"{str(place)!r} lacks the scale of a layer")
     return {
         layer: CapturedLayer(
             query=tensors[f"{layer}.query"],

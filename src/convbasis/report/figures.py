@@ -83,6 +83,11 @@ def _error_axes(axes: Any, curves: Sequence[Curve]) -> None:
     axes.legend(fontsize=8)
 
 
+def require_matplotlib() -> None:
+    """Raise MissingExtraError now, rather than after long work, if matplotlib is not installed."""
+    _figure((1, 1))
+
+
 def _figure(size: tuple[float, float]) -> Any:
     try:
         from matplotlib.figure import Figure
