@@ -32,7 +32,7 @@ from convbasis.report.figures import Curve, error_figure
 from convbasis.report.timing import interleaved_medians
 
 ROOT = Path(__file__).parent.parent
-KS = (1, 2, 5, 8, 16, 32, 64, 128, 256, 512)
+KS = (1, 2, 5, 16, 64, 256, 512)
 COST_KS = (1, 5, 16, 64, 256)
 # name: position ids are zero, logits are scaled by 1/d
 SETTINGS = {

@@ -50,6 +50,18 @@ class TestProducts:
                 assert result.dtype == dtype
                 assert_close(dense @ x.double(), result, whole=whole, row=row, row_scale=magnitude)
 
+    @pytest.mark.parametrize("n", [17, 64, 97, 256])
+    def test_every_k(self, n):
+        for k in range(1, min(n, 40) + 1):
+            kernels, starts = random_basis(n, k, gen(n + k))
+            x = torch.randn(n, 2, generator=gen(1), dtype=torch.float64)
+            dense = reference.dense_matrix(kernels, starts)
+            magnitude = (dense.abs() @ x.abs()).norm(dim=-1)
+            for dtype, (whole, row) in LIMITS.items():
+                result = cb.ConvBasis(kernels.to(dtype), starts).matmul(x.to(dtype), backend="fft")
+                exact = reference.dense_matrix(kernels.to(dtype), starts) @ x.to(dtype).double()
+                assert_close(exact, result, whole=whole, row=row, row_scale=magnitude)
+
     @pytest.mark.parametrize("transpose", [False, True], ids=["plain", "transposed"])
     @pytest.mark.parametrize("dtype", LIMITS, ids=str)
     def test_small_rows_beside_large_ones_keep_their_digits(self, dtype, transpose):
