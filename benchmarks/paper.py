@@ -27,7 +27,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import convbasis as cb
 from convbasis.integrations.capture import CapturedLayer, cached_layers, default_cache
-from convbasis.integrations.smollm2 import NAME, load_smollm2, sample_text, token_ids
+from convbasis.integrations.smollm2 import NAME, load_smollm2, load_tokenizer, sample_text, token_ids
 from convbasis.report.figures import Curve, error_figure
 from convbasis.report.timing import interleaved_medians
 
@@ -128,8 +128,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
-    loaded = load_smollm2()
-    ids = token_ids(loaded.tokenizer, sample_text(), options.length)
+    ids = token_ids(load_tokenizer(), sample_text(), options.length)
     layers = list(range(options.layers))
     kept = default_cache() / f"paper-{options.length}-{code_version()}.json"
     done = json.loads(kept.read_text()) if kept.is_file() else {}
@@ -141,7 +140,9 @@ def main() -> None:
         task = progress.add_task("heads", total=len(SETTINGS) * len(layers) * len(KS) * 3)
         for name, (zero, over_d) in SETTINGS.items():
             positions = torch.zeros_like(ids) if zero else None
-            captured = cached_layers(lambda: loaded.model, NAME, ids, layers, position_ids=positions)
+            captured = cached_layers(
+                lambda: load_smollm2().model, NAME, ids, layers, position_ids=positions
+            )
             for number, layer in captured.items():
                 key = f"{name}/{number}"
                 scale = 1.0 / layer.query.shape[-1] if over_d else layer.scale

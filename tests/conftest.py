@@ -22,6 +22,14 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
 
 
+@pytest.fixture(scope="session")
+def smollm2():
+    """The real model, loaded once."""
+    from convbasis.integrations.smollm2 import load_smollm2
+
+    return load_smollm2()
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

@@ -43,13 +43,28 @@ def test_module_runs_too():
     assert done.stdout.strip() == cb.__version__
 
 
-def test_errors_are_one_line_and_exit_code_1(tmp_path):
+@pytest.fixture
+def loaded(monkeypatch, smollm2):
+    """The demo takes the model that is loaded already."""
+    loads = []
+
+    def load():
+        loads.append(1)
+        return smollm2
+
+    monkeypatch.setattr("convbasis.cli.demo.load_smollm2", load)
+    return loads
+
+
+def test_errors_are_one_line_and_exit_code_1(tmp_path, monkeypatch, loaded):
+    monkeypatch.setenv("CONVBASIS_CACHE", str(tmp_path / "cache"))
     for options in (["--layers", "two"], ["--layers", "99"], ["--text", str(tmp_path / "none")]):
         result = runner.invoke(
             app, ["demo", "--length", "64", "--output", str(tmp_path / "o"), *options]
         )
         assert result.exit_code == 1
-        assert "error:" in result.output
+        message = result.output[result.output.index("error:") :]
+        assert len(message.strip().splitlines()) == 1
         assert "Traceback" not in result.output
 
 
@@ -58,7 +73,7 @@ def test_wrong_options_are_exit_code_2(tmp_path):
     assert runner.invoke(app, ["nothing"]).exit_code == 2
 
 
-def test_demo_end_to_end(tmp_path, monkeypatch):
+def test_demo_end_to_end(tmp_path, monkeypatch, loaded):
     monkeypatch.setenv("CONVBASIS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("convbasis.cli.demo._PLANTED_LENGTHS", (256, 512))
     for _ in range(2):  # the second time captures come from the cache
@@ -66,6 +81,7 @@ def test_demo_end_to_end(tmp_path, monkeypatch):
             app, ["demo", "--length", "128", "--layers", "3,14", "--output", str(tmp_path / "out")]
         )
         assert result.exit_code == 0, result.output
+    assert len(loaded) == 1
     assert "Attention: conv basis against exact softmax" in result.output
     assert re.search(r"layer 14\s*│ recovered\s*│\s*128", result.output)
     width, height = png_size(tmp_path / "out" / "attention.png")

@@ -19,7 +19,7 @@ from ..attention import conv_basis_attention, conv_basis_attention_stats
 from ..decompose import decompose
 from ..errors import InputError
 from ..integrations.capture import CapturedLayer, cached_layers
-from ..integrations.smollm2 import NAME, LoadedModel, load_smollm2, sample_text, token_ids
+from ..integrations.smollm2 import NAME, load_smollm2, load_tokenizer, sample_text, token_ids
 from ..planted import PlantedQK, planted_qk
 from ..recover import recover
 from ..report.figures import Curve, Triple, attention_figure, require_matplotlib
@@ -32,6 +32,7 @@ _TOLERANCES = (0.0, 0.5, 1.0, 2.0)  # nats
 _PICTURE_TOKENS = 160
 _DECOMPOSED_TOKENS = 256
 _HEAD_DIM = 64
+_LAYERS = 30
 
 
 class Row(NamedTuple):
@@ -87,15 +88,19 @@ def _track(progress: Progress, name: str, total: int) -> Callable[[], None]:
 def _capture(
     length: int, text: Path | None, layers: list[int], progress: Progress
 ) -> dict[int, CapturedLayer]:
-    advance = _track(progress, f"loading {NAME}", 2)
-    loaded: LoadedModel = load_smollm2()
+    advance = _track(progress, f"tokens of {NAME}", 1)
+    ids = token_ids(load_tokenizer(), sample_text(text), length)
     advance()
-    ids = token_ids(loaded.tokenizer, sample_text(text), length)
-    advance()
-    depth = loaded.model.config.num_hidden_layers
-    step = _track(progress, f"capturing heads, {length} tokens", depth)
-    captured = cached_layers(lambda: loaded.model, NAME, ids, layers, progress=lambda _layer: step())
-    progress.update(progress.task_ids[-1], completed=depth)
+    # One step for loading the model, one for each layer; none of them where captures are kept.
+    task = progress.add_task(f"capturing heads, {length} tokens", total=_LAYERS + 1)
+
+    def load() -> Any:
+        model = load_smollm2().model
+        progress.advance(task)
+        return model
+
+    captured = cached_layers(load, NAME, ids, layers, progress=lambda _layer: progress.advance(task))
+    progress.update(task, completed=_LAYERS + 1)
     return captured
 
 

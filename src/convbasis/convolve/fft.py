@@ -70,8 +70,8 @@ def _convolve(kernels: Tensor, starts: Tensor, x: Tensor, length: int) -> tuple[
         kernel = torch.fft.rfft(kernels[..., r, :], n=length)[..., None, :]
         spectrum = spectrum.addcmul_(kernel, values) if r else kernel * values
     whole = torch.fft.irfft(spectrum, n=length)
-    squares = x.detach().double().square().sum(-1)
-    total = torch.nn.functional.pad(squares.cumsum(-1), (1, 0))
+    sizes = x.detach().double().square().sum(-1)
+    total = torch.nn.functional.pad(sizes.cumsum(-1), (1, 0))
     shape = (*torch.broadcast_shapes(total.shape[:2], starts.shape[:2]), starts.shape[-1])
     total = total.expand(*shape[:2], n + 1)
     starts, stops = starts.expand(shape), stops.expand(shape)
@@ -86,7 +86,7 @@ def _correlate(kernels: Tensor, starts: Tensor, x: Tensor, length: int) -> tuple
     rows = torch.arange(n, device=x.device)
     stops = segment_stops(starts, n)
     values = torch.fft.rfft(x.transpose(-1, -2), n=length)
-    x_squares = _squares(x, (-1, -2))
+    x_sizes = _squares(x, (-1, -2))
     product = torch.zeros((), dtype=x.dtype, device=x.device)
     energy = torch.zeros((), dtype=torch.float64, device=x.device)
     for r in range(kernels.shape[-2]):
@@ -94,14 +94,14 @@ def _correlate(kernels: Tensor, starts: Tensor, x: Tensor, length: int) -> tuple
         kernel = torch.fft.rfft(kernels[..., r, :], n=length)[..., None, :]
         whole = torch.fft.irfft(kernel.conj() * values, n=length)
         product = product + whole[..., :n] * inside[..., None, :]
-        squares = _squares(whole, (-1, -2)) + 4.0 * _squares(kernels[..., r, :], -1) * x_squares
-        energy = energy + squares[..., None] * inside
+        sums = _squares(whole, (-1, -2)) + 4.0 * _squares(kernels[..., r, :], -1) * x_sizes
+        energy = energy + sums[..., None] * inside
     return product.transpose(-1, -2), energy
 
 
 def _squares(tensor: Tensor, dim: int | tuple[int, ...]) -> Tensor:
-    """Return sums of squares in float64."""
-    return torch.linalg.vector_norm(tensor.detach(), dim=dim, dtype=torch.float64).square()
+    """Return sums of squares, float64."""
+    return torch.linalg.vector_norm(tensor.detach(), dim=dim).double().square()
 
 
 def _unit_noise(dtype: torch.dtype, length: int) -> float:

