@@ -62,10 +62,12 @@ def error_figure(panels: Mapping[str, Sequence[Curve]], path: Path) -> None:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    figure = _figure((6.5 * len(panels), 5))
+    columns = 2 if len(panels) > 1 else 1
+    rows = -(-len(panels) // columns)
+    figure = _figure((6.5 * columns, 4.5 * rows))
     shared = None
     for index, (title, curves) in enumerate(panels.items()):
-        shared = figure.add_subplot(1, len(panels), index + 1, sharey=shared)
+        shared = figure.add_subplot(rows, columns, index + 1, sharey=shared)
         _error_axes(shared, curves)
         shared.set_title(title)
     _save(figure, path)
