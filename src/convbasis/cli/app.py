@@ -63,7 +63,9 @@ def demo(
     text: Annotated[
         Path | None, typer.Option(help="A UTF-8 text file instead of the standard library's prose.")
     ] = None,
-    layers: Annotated[str, typer.Option(help="Layers of the model, separated by commas.")] = "2,15,28",
+    layers: Annotated[
+        str, typer.Option(help="Layers of the model, 0 to 29, separated by commas.")
+    ] = "2,15,28",
     seed: Annotated[int, typer.Option(help="Of the planted input.")] = 0,
 ) -> None:
     """Decompose, recover and attend, on planted input and on real heads of SmolLM2-135M."""

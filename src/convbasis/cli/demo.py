@@ -45,7 +45,7 @@ class Row(NamedTuple):
     heads: int
     median_error: float
     worst_error: float
-    time_against_sdpa: float
+    speed_against_sdpa: float
 
 
 def run_demo(
@@ -253,7 +253,7 @@ def _print(
     for row in rows:
         table.add_row(
             row.input, row.segments, f"{row.n:,}", str(row.k), str(row.heads),
-            f"{row.median_error:.2g}", f"{row.worst_error:.2g}", f"{row.time_against_sdpa:.2f}x",
+            f"{row.median_error:.2g}", f"{row.worst_error:.2g}", f"{row.speed_against_sdpa:.2f}x",
         )  # fmt: skip
     console.print(table)
     console.print(
