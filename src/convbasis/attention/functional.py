@@ -109,7 +109,8 @@ def conv_basis_attention(
         and a given delta is causal.
 
     Accuracy:
-        Worst row within 1e-4 (float32) or 1e-9 (float64) of the same conv basis evaluated directly.
+        Worst row within 1e-4 (float32) or 1e-9 (float64) of the same conv basis evaluated directly,
+        except where its terms cancel so far that a direct float64 sum would lose as much.
         Rows that would drown in the rounding of a transform are found and evaluated directly from
         the kernels; a float32 head that loses more than 2 % of its rows is transformed in float64,
         and one that still loses more is evaluated directly as a whole, which is logged as a warning.

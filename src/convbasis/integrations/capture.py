@@ -84,7 +84,8 @@ def capture_layers(
         found = _recorder.get()
         if found is not None:
             if module.layer_idx in found:
-                scale = float(options.get("scaling") or query.shape[-1] ** -0.5)
+                scaling = options.get("scaling")
+                scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
                 found[module.layer_idx] = CapturedLayer(_own(query), _own(key), _own(value), scale)
             if progress is not None:
                 progress(module.layer_idx)
