@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
+
+from convbasis.convolve import workspace
 
 
 @pytest.fixture(autouse=True)
@@ -20,6 +26,8 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", poison(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
+    for module in ("convolve.workspace", "convolve.windows", "convolve.partitioned", "attention.heads"):
+        monkeypatch.setattr(f"convbasis.{module}.take", poison(workspace.take))
 
 
 @pytest.fixture(scope="session")
@@ -38,3 +46,8 @@ def _seed() -> None:
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+def pytest_configure(config):
+    """Choices in tests do not depend on what this machine was tuned to."""
+    os.environ["CONVBASIS_RATES"] = str(Path(tempfile.gettempdir()) / "convbasis-no-rates.json")

@@ -356,7 +356,7 @@ class TestInputErrors:
             cb.ConvBasis(torch.zeros(1, 5), [0]).matmul(torch.zeros(5), max_bytes=bad)
 
     def test_unknown_backend_is_named_with_the_known_ones(self):
-        with pytest.raises(cb.InputError, match="'auto', 'fft', 'reference'"):
+        with pytest.raises(cb.InputError, match="'auto', 'partitioned', 'direct', 'fft', 'reference'"):
             cb.ConvBasis(torch.zeros(1, 5), [0]).matmul(torch.zeros(5), backend="fast")
 
     @pytest.mark.parametrize("j", [-1, 5, 1.0, True])

@@ -25,6 +25,7 @@ def test_public_names_are_pinned():
         "MissingExtraError",
         "MissingPathError",
         "PlantedQK",
+        "causal_toeplitz_matmul",
         "conv_basis_attention",
         "conv_basis_attention_stats",
         "decompose",
@@ -45,6 +46,7 @@ def test_arguments_are_pinned():
     ]  # fmt: skip
     assert names(cb.conv_basis_attention) == attention
     assert names(cb.conv_basis_attention_stats) == attention
+    assert names(cb.causal_toeplitz_matmul) == ["kernel", "x"]
     assert names(cb.decompose) == ["H", "tol"]
     assert names(cb.recover) == [
         "q", "k", "num_bases", "window", "delta", "epsilon", "scale", "search",
@@ -66,7 +68,7 @@ def test_errors_form_one_family():
 
 def test_every_public_function_has_a_full_docstring():
     functions = (cb.conv_basis_attention, cb.conv_basis_attention_stats, cb.decompose, cb.recover)
-    for function in (*functions, cb.planted_qk):
+    for function in (*functions, cb.planted_qk, cb.causal_toeplitz_matmul):
         text = inspect.getdoc(function)
         for part in ("Args", "Returns:", "Source:", "Example:", ">>>"):
             assert part in text, f"{function.__name__} lacks {part}"
@@ -149,6 +151,8 @@ MAY_IMPORT = {
     "storage": {"errors"},
     "convolve": {"dispatch"},
     "logits": {"convolve"},
+    "toeplitz": {"checks", "convolve", "dispatch", "errors"},
+    "tune": {"attention", "convolve"},
     "basis": {"checks", "convolve", "dispatch", "errors", "storage"},
     "decompose": {"basis", "checks", "errors"},
     "planted": {"basis", "checks", "errors"},
@@ -157,8 +161,8 @@ MAY_IMPORT = {
     "integrations": {"errors", "storage"},
     "report": {"errors"},
     "cli": {
-        "__version__", "attention", "decompose", "errors", "integrations", "planted", "recover",
-        "report",
+        "__version__", "attention", "convolve", "decompose", "errors", "integrations", "planted",
+        "recover", "report", "tune",
     },
 }  # fmt: skip
 

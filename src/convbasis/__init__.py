@@ -14,6 +14,7 @@ from .errors import (
 )
 from .planted import PlantedQK, planted_qk
 from .recover import recover
+from .toeplitz import causal_toeplitz_matmul
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,7 @@ __all__ = [
     "MissingExtraError",
     "MissingPathError",
     "PlantedQK",
+    "causal_toeplitz_matmul",
     "conv_basis_attention",
     "conv_basis_attention_stats",
     "decompose",

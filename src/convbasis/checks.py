@@ -54,18 +54,26 @@ def check_alike(**tensors: Tensor) -> None:
             )
 
 
-def check_finite(name: str, value: Tensor, relevant: Tensor | None = None) -> None:
-    """Check that a tensor holds neither NaN nor Inf, where relevant (broadcast to it) is True."""
-    good = value.detach().isfinite()
+def check_finite(name: str, value: Tensor, relevant: Tensor | None = None) -> float:
+    """Check that a tensor holds neither NaN nor Inf, where relevant (broadcast to it) is True.
+
+    Returns:
+        the largest absolute entry, 0 for none.
+    """
+    if value.device.type == "meta" or value.numel() == 0:
+        return 0.0
+    entries = value.detach()
     if relevant is not None:
-        good = good | ~relevant
-    if not bool(good.all()):
-        where = (~good).nonzero()
+        entries = entries.masked_fill(~relevant, 0.0)
+    low, high = (float(end) for end in entries.aminmax())  # one pass; both are NaN if any entry is
+    if not (math.isfinite(low) and math.isfinite(high)):
+        where = (~entries.isfinite()).nonzero()
         first = tuple(where[0].tolist())
         raise InputError(
             f"{name} holds {len(where)} NaN or Inf, the first at {list(first)} "
-            f"({float(value[first])}); every entry must be finite: look for what made it so"
+            f"({float(entries[first])}); every entry must be finite: look for what made it so"
         )
+    return max(-low, high)
 
 
 def check_positive_int(name: str, value: object, what: str) -> int:

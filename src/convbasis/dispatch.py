@@ -10,9 +10,7 @@ from .errors import InputError
 
 logger = logging.getLogger("convbasis")
 
-BACKENDS = ("auto", "fft", "reference")
-# Below this length direct evaluation is both exact and, measured, no slower than transforms.
-_SHORTEST_TRANSFORM = 128
+BACKENDS = ("auto", "partitioned", "direct", "fft", "reference")
 
 
 @dataclass(frozen=True)
@@ -20,7 +18,7 @@ class Dispatch:
     """What one call ran, and why.
 
     Attributes:
-        backend: ``"fft"`` or ``"reference"``.
+        backend: ``"partitioned"``, ``"direct"``, ``"fft"`` or ``"reference"``.
         reason: why this backend.
         rows_recomputed: rows, over all heads, that drowned in the rounding of the transforms and
             were evaluated directly.
@@ -67,19 +65,14 @@ def last_dispatch() -> Dispatch | None:
         >>> x = torch.randn(1, 1, 8, 4)
         >>> _ = cb.conv_basis_attention(x, x, x, segment_length=4)
         >>> cb.last_dispatch().backend
-        'reference'
+        'direct'
     """
     return getattr(_thread, "last", None)
 
 
-def resolve_backend(backend: str, n: int) -> tuple[str, str]:
-    """Return the backend that runs for a sequence of n tokens, and the reason."""
+def check_backend(backend: object) -> None:
+    """Check the name of a backend."""
     if backend not in BACKENDS:
         raise InputError(
             f"backend={backend!r} is not known; use one of {', '.join(map(repr, BACKENDS))}"
         )
-    if backend != "auto":
-        return backend, "requested"
-    if n <= _SHORTEST_TRANSFORM:
-        return "reference", f"n = {n} <= {_SHORTEST_TRANSFORM}: direct evaluation is fastest"
-    return "fft", f"n = {n} > {_SHORTEST_TRANSFORM}"

@@ -124,9 +124,15 @@ def recover(
 
 
 def search_options(
-    n: int, num_bases: object, window: object, delta: object, epsilon: object, search: object
+    n: int,
+    num_bases: object,
+    window: object,
+    delta: object,
+    epsilon: object,
+    search: object,
+    warn: bool = True,
 ) -> SearchOptions:
-    """Check the options of a recovery for a sequence of n tokens."""
+    """Check the options of a recovery for a sequence of n tokens; with warn, warn of unwise ones."""
     bases = check_positive_int("num_bases", num_bases, "the largest number of segments")
     lags = check_positive_int("window", window, "a number of lags, in tokens")
     if lags > n:
@@ -146,7 +152,7 @@ def search_options(
                 f"epsilon={bound} is too large for delta={distance} and window={lags}: the threshold "
                 "delta - 2·window·epsilon must be positive"
             )
-        if bound > distance / (5 * lags) * (1 + 1e-12):
+        if warn and bound > distance / (5 * lags) * (1 + 1e-12):
             warnings.warn(
                 f"epsilon={bound} exceeds delta/(5·window) = {distance / (5 * lags)}: starts may be "
                 "wrong",

@@ -50,18 +50,18 @@ def check(query, key, value, starts, *, whole=None, row=None, real=None, scale=N
 
 class TestOracle:
     @pytest.mark.parametrize("dtype", LIMITS, ids=str)
-    @pytest.mark.parametrize("backend", ["fft", "reference", "auto"])
+    @pytest.mark.parametrize("backend", ["fft", "partitioned", "direct", "reference", "auto"])
     @pytest.mark.parametrize("n", [1, 2, 3, 17, 97, 128, 256, 257])
     def test_equals_the_dense_result(self, n, backend, dtype):
         for k in sorted({1, min(n, 3), min(n, 20)}):
             starts = random_starts(n, k, gen(k))
             check(*qkv(n, dtype=dtype), starts, backend=backend)
 
-    @pytest.mark.parametrize("backend", ["fft", "reference"])
+    @pytest.mark.parametrize("backend", ["fft", "partitioned", "direct", "reference"])
     def test_longer(self, backend):
         check(*qkv(1009, dtype=torch.float32), random_starts(1009, 9, gen()), backend=backend)
 
-    @pytest.mark.parametrize("backend", ["fft", "reference"])
+    @pytest.mark.parametrize("backend", ["fft", "partitioned", "direct", "reference"])
     def test_batch_heads_gqa_and_other_value_width(self, backend):
         inputs = qkv(150, batch=2, heads=6, kv_heads=2, d=8, d_v=5)
         starts = random_starts(150, 7, gen())
@@ -294,11 +294,21 @@ class TestNumerics:
             with pytest.raises(cb.InputError, match="overflow"):
                 cb.conv_basis_attention(one, sign * one, one, starts=[0])
 
-    def test_autocast_does_not_reach_inside(self):
+    @pytest.mark.parametrize("backend", ["partitioned", "direct", "fft", "reference"])
+    def test_autocast_sets_the_dtype_of_the_result_and_rounds_nothing_else(self, backend):
         inputs = qkv(200, dtype=torch.float32)
-        plain = cb.conv_basis_attention(*inputs, segment_length=32)
+        plain = cb.conv_basis_attention(*inputs, segment_length=32, backend=backend)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert torch.equal(cb.conv_basis_attention(*inputs, segment_length=32), plain)
+            result = cb.conv_basis_attention(*inputs, segment_length=32, backend=backend)
+            mixed = cb.conv_basis_attention(
+                inputs[0].bfloat16(), *inputs[1:], segment_length=32, backend=backend
+            )
+            wide = cb.conv_basis_attention(
+                *(x.double() for x in inputs), segment_length=32, backend=backend
+            )
+        assert torch.equal(result, plain.bfloat16())
+        assert mixed.dtype == torch.bfloat16
+        assert wide.dtype == torch.float64
 
 
 class TestCausality:
@@ -382,7 +392,7 @@ class TestPadding:
         }
 
     @pytest.mark.parametrize("side", ["left", "right", "both", "holes", "empty"])
-    @pytest.mark.parametrize("backend", ["fft", "reference"])
+    @pytest.mark.parametrize("backend", ["fft", "partitioned", "direct", "reference"])
     @pytest.mark.parametrize("dtype", LIMITS, ids=str)
     def test_equals_the_masked_oracle(self, dtype, backend, side):
         n = 230
@@ -407,7 +417,7 @@ class TestPadding:
             assert (stats.lse.double() - lse)[seen].abs().max() < 1e-4
             assert (stats.output[~seen] == 0).all()
 
-    @pytest.mark.parametrize("backend", ["fft", "reference"])
+    @pytest.mark.parametrize("backend", ["fft", "partitioned", "direct", "reference"])
     def test_left_padding_equals_the_unpadded_run_with_shifted_starts(self, backend):
         n, pad = 200, 33
         query, key, value = qkv(n)
@@ -427,7 +437,7 @@ class TestPadding:
             assert (moved.lse[:, :, :pad] == -torch.inf).all()
             assert torch.equal(moved.basis.starts, plain.basis.starts + pad)
 
-    @pytest.mark.parametrize("backend", ["fft", "reference"])
+    @pytest.mark.parametrize("backend", ["fft", "partitioned", "direct", "reference"])
     def test_right_padding_equals_the_unpadded_run(self, backend):
         n, pad = 200, 57
         query, key, value = qkv(n)
@@ -502,7 +512,7 @@ class TestLaws:
         result = cb.conv_basis_attention(query, key, torch.ones_like(value), segment_length=30)
         assert (result - 1).abs().max() < 1e-12
 
-    @pytest.mark.parametrize("backend", ["fft", "reference"])
+    @pytest.mark.parametrize("backend", ["fft", "partitioned", "direct", "reference"])
     def test_gradients(self, backend):
         inputs = [x.requires_grad_() for x in qkv(14, heads=2, kv_heads=1, d=3, d_v=2)]
 
@@ -558,7 +568,7 @@ class TestLaws:
         thread.join()
         assert seen == [None]
         assert cb.last_dispatch() is mine
-        assert mine.backend == "reference"
+        assert mine.backend == "direct"
         assert "n = 20" in mine.reason
 
     def test_stats_agree_with_the_plain_call(self):

@@ -107,12 +107,13 @@ def test_lost_rows():
     product[0, 0, 3] = 0.0
     noise = torch.full((1, 1, 1), 1e-6, dtype=torch.float64)
     reached = torch.tensor([True, True, True, False])[None, None]
-    assert lost_rows(product, noise, reached, None, tolerance=1e-5).tolist() == [
-        [[False, True, True, False]]
-    ]
+    norms = product.double().norm(dim=-1)
+    options = {"tolerance": 1e-5}
+    found = lost_rows(norms, noise, reached, None, worked=torch.float32, **options)
+    assert found.tolist() == [[[False, True, True, False]]]
     # In float64 a row whose terms cancel is kept: a direct sum would round as much.
     large = lambda: torch.tensor([1.0, 1e9, 1e9, 1.0], dtype=torch.float64)[None, None]  # noqa: E731
-    kept = lost_rows(product.double(), noise, reached, large, tolerance=1e-5)
+    kept = lost_rows(norms, noise, reached, large, worked=torch.float64, **options)
     assert kept.tolist() == [[[False, False, True, False]]]
 
 

@@ -1,4 +1,4 @@
-"""Attention from segment kernels of logits: exp, product, normaliser, and the rows that need care."""
+"""Attention under a conv basis: backends, product, normaliser, and the rows that need care."""
 
 from __future__ import annotations
 
@@ -7,15 +7,71 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..convolve import evaluate_safely, fft_product, lost_rows, reached_rows
+from ..convolve import Partition, Sizes, evaluate_safely, fft_product, lost_rows, reached_rows
+from ..convolve.choice import Choice, Work, choose
+from ..convolve.direct import direct_attention
 from ..convolve.reference import softmax_rows
 from ..convolve.segments import segment_stops
 from ..convolve.sums import row_sums
-from ..dispatch import Dispatch, resolve_backend
+from ..dispatch import Dispatch
+from ..logits import segment_logits
+from .heads import attend_head
+from .segments import last_tokens
 
 # The largest relative error of an output row that a transform may leave. What a later token can do to
 # an earlier row is of that size, and causality is promised to 1e-12 and 1e-5.
 _TOLERANCE = {torch.float32: 1.5e-5, torch.float64: 2e-12}
+
+
+class Inputs(NamedTuple):
+    """What attention is computed from: P problems of R query heads; entries at padding are not used."""
+
+    query: Tensor
+    """``(P, R, n, d)``."""
+    key: Tensor
+    """``(P, n, d)``."""
+    value: Tensor
+    """``(P, n, d_v)``."""
+    starts: Tensor
+    """``(P, R, k)`` or ``(1, 1, k)``."""
+    real: Tensor | None
+    """bool ``(P, n)``, False for padding; None where there is none."""
+    scale: float
+    work: torch.dtype
+    """float32 or float64, to compute in."""
+
+    def of(self, head: int, tokens: int) -> Inputs:
+        """Return the first tokens of one head, of P·R, as one problem: views."""
+        sets = self.query.shape[1]
+        p, r = divmod(head, sets)
+        shared = self.starts.shape[:2] == (1, 1)
+        starts = self.starts[0, 0] if shared else self.starts[p, r]
+        starts = starts[starts < tokens][None, None]
+        return Inputs(
+            self.query[p, r, :tokens][None, None],
+            self.key[p, :tokens][None],
+            self.value[p, :tokens][None],
+            starts,
+            None if self.real is None else self.real[p, :tokens][None],
+            self.scale,
+            self.work,
+        )
+
+    def cleaned(self) -> Inputs:
+        """Return the inputs in the dtype of work, with zeros at padding."""
+        tensors = [self.query, self.key, self.value]
+        tensors = [tensor.to(self.work) for tensor in tensors]
+        if self.real is not None:
+            unreal = ~self.real[..., None]
+            masks = (unreal[:, None], unreal, unreal)
+            tensors = [t.masked_fill(mask, 0.0) for t, mask in zip(tensors, masks, strict=True)]
+        query, key, value = tensors
+        return self._replace(query=query, key=key, value=value)
+
+    def logits(self) -> Tensor:
+        """Return the segments' kernels of logits, ``(P, R, k, n)``, of cleaned inputs."""
+        stop = None if self.real is None else last_tokens(self.real)[:, None, None]
+        return segment_logits(self.query, self.key, self.starts, self.scale, stop)
 
 
 class Forward(NamedTuple):
@@ -26,61 +82,45 @@ class Forward(NamedTuple):
     dispatch: Dispatch
 
 
-def conv_basis_fwd(
-    logits: Tensor,
-    starts: Tensor,
-    value: Tensor,
-    real: Tensor | None,
-    *,
-    backend: str,
-    max_bytes: int,
-) -> Forward:
-    """Return softmax attention under segmented logits.
+def choose_for(inputs: Inputs, backend: str) -> Choice:
+    """Return what computes attention of these inputs; see `choose`."""
+    problems, sets, n, d = inputs.query.shape
+    longest = int((segment_stops(inputs.starts, n) - inputs.starts).max())
+    k, columns = inputs.starts.shape[-1], inputs.value.shape[-1] + 1
+    device = inputs.query.device.type
+    return choose(backend, Work(n, k, columns, d, longest, problems * sets, inputs.work, device))
+
+
+def conv_basis_fwd(inputs: Inputs, choice: Choice, *, result: torch.dtype, max_bytes: int) -> Forward:
+    """Return softmax attention under a conv basis.
 
     Args:
-        logits: ``(P, R, k, n)`` segment kernels, -inf past lag n - 1 - start and for the queries after
-            the last real token; finite elsewhere.
-        starts: ``(P, R, k)`` or ``(1, 1, k)``.
-        value: ``(P, 1, n, d_v)``, dtype of logits, zero at padding.
-        real: bool ``(P, n)``, False for padding; None where there is none.
-        backend: see `resolve_backend`.
-        max_bytes: bound on the transforms' working memory, in bytes.
+        inputs: see `Inputs`.
+        choice: the backend and its sizes.
+        result: dtype of the output.
+        max_bytes: bound on the working memory of the transforms, in bytes.
     """
-    problems, sets, k, n = logits.shape
-    groups, width = problems * sets, value.shape[-1]
-    flat_logits = logits.reshape(groups, k, n)
-    flat_starts = starts.expand(problems, sets, k).reshape(groups, k)
-
-    def direct(chosen: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
-        owner = chosen // sets
-        mask = None if real is None else real[owner]
-        return softmax_rows(flat_logits[chosen], flat_starts[chosen], value[owner, 0], rows, mask)
-
-    chosen_backend, reason = resolve_backend(backend, n)
-    if chosen_backend == "reference":
-        everything = torch.arange(groups, device=value.device)
-        output, lse = direct(everything, torch.arange(n, device=value.device).expand(groups, n))
-        dispatch = Dispatch("reference", reason)
+    problems, sets, n, _ = inputs.query.shape
+    width = inputs.value.shape[-1]
+    rescue = (0, 0, 0)
+    if choice.backend == "partitioned":
+        assert choice.sizes is not None
+        (output, lse), rescue = _by_heads(inputs, result, choice.sizes, max_bytes)
+    elif choice.backend == "direct":
+        clean = inputs.cleaned()
+        output, lse = direct_attention(clean.logits(), clean.starts, clean.value, clean.real)
+    elif choice.backend == "reference":
+        everything = torch.arange(problems * sets, device=inputs.query.device)
+        rows = torch.arange(n, device=inputs.query.device).expand(problems * sets, n)
+        output, lse = _exact_rows(inputs, everything, rows)
     else:
-
-        def transform(chosen: Tensor | None, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], Tensor]:
-            parts, mask = (logits, starts, value), real
-            if chosen is not None:
-                owner = chosen // sets
-                parts = (flat_logits[chosen, None], flat_starts[chosen, None], value[owner])
-                mask = None if real is None else real[owner]
-            own_logits, own_starts, values = parts[0].to(dtype), parts[1], parts[2].to(dtype)
-            output, lse, lost = _transform(
-                own_logits, own_starts, values, mask, logits.dtype, max_bytes
-            )
-            return (output.reshape(-1, n, width), lse.reshape(-1, n)), lost.reshape(-1, n)
-
-        (output, lse), rescue = evaluate_safely(transform, direct, logits.dtype)
-        dispatch = Dispatch("fft", reason, *rescue)
-        dispatch.warn_if_direct(groups)
-    output, lse = output.view(problems, sets, n, width), lse.view(problems, sets, n)
-    if real is not None:
-        hidden = ~_visible_rows(real)[:, None]
+        (output, lse), rescue = _by_logits(inputs.cleaned(), max_bytes)
+    dispatch = Dispatch(choice.backend, choice.reason, *rescue)
+    dispatch.warn_if_direct(problems * sets)
+    output = output.to(result).view(problems, sets, n, width)
+    lse = lse.view(problems, sets, n)
+    if inputs.real is not None:
+        hidden = ~_visible_rows(inputs.real)[:, None]
         output = output.masked_fill(hidden[..., None], 0.0)
         lse = lse.masked_fill(hidden, -torch.inf)
     return Forward(output, lse, dispatch)
@@ -89,6 +129,127 @@ def conv_basis_fwd(
 def _visible_rows(real: Tensor) -> Tensor:
     """Return the rows from the first to the last real token, bool ``(P, n)``."""
     return real.cummax(-1).values & real.flip(-1).cummax(-1).values.flip(-1)
+
+
+def _exact_rows(inputs: Inputs, heads: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return rows ``(g, m)`` of heads ``(g,)``, evaluated directly: output and lse.
+
+    Nothing after the last of the rows is looked at.
+    """
+    width = inputs.value.shape[-1]
+    parts = []
+    for head, own in zip(heads.tolist(), rows, strict=True):
+        clean = inputs.of(head, int(own.max()) + 1).cleaned()
+        if not clean.starts.numel():  # no key before these rows
+            zero = clean.value.new_zeros((1, len(own), width))
+            parts.append((zero, zero.new_full(zero.shape[:2], -torch.inf)))
+            continue
+        parts.append(
+            softmax_rows(clean.logits()[:, 0], clean.starts[:, 0], clean.value, own[None], clean.real)
+        )
+    outputs, sums = (torch.cat(column) for column in zip(*parts, strict=True))
+    return outputs, sums
+
+
+def _by_heads(
+    inputs: Inputs, result: torch.dtype, sizes: Sizes, max_bytes: int
+) -> tuple[tuple[Tensor, ...], tuple[int, int, int]]:
+    """Evaluate by partitioned convolution, head by head."""
+    problems, sets, n, _ = inputs.query.shape
+    starts = inputs.starts.flatten(0, 1).tolist()
+    partitions = {tuple(own): Partition(own, n, sizes) for own in starts}
+
+    def transform(chosen: Tensor | None, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], Tensor]:
+        heads = range(problems * sets) if chosen is None else chosen.tolist()
+        parts = []
+        for head in heads:
+            partition = partitions[tuple(starts[head if len(starts) > 1 else 0])]
+            parts.append(_one_head(inputs, head, partition, result, dtype, max_bytes))
+        outputs, sums, lost = (
+            column[0][None] if len(column) == 1 else torch.stack(column)
+            for column in zip(*parts, strict=True)
+        )
+        return (outputs, sums), lost
+
+    return evaluate_safely(transform, lambda heads, rows: _exact_rows(inputs, heads, rows), inputs.work)
+
+
+def _one_head(
+    inputs: Inputs,
+    head: int,
+    partition: Partition,
+    result: torch.dtype,
+    dtype: torch.dtype,
+    max_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return output, lse and which rows are lost in rounding, for one of P·R heads."""
+    sets = inputs.query.shape[1]
+    problem = head // sets
+    query, value = inputs.query[problem, head % sets], inputs.value[problem]
+    real = None if inputs.real is None else inputs.real[problem]
+    if not partition.pieces:  # padding alone
+        zero = torch.zeros(value.shape, dtype=result, device=value.device)
+        sums = torch.full((len(value),), -torch.inf, dtype=inputs.work, device=value.device)
+        return zero, sums, torch.zeros(len(value), dtype=torch.bool, device=value.device)
+    first = torch.tensor(partition.starts, device=query.device)
+    keys = inputs.key[problem].index_select(0, first).to(dtype) * inputs.scale
+    n = len(query)
+    weights = torch.ones(n, dtype=dtype, device=query.device) if real is None else real.to(dtype)
+    if real is not None:
+        query, value = (t.masked_fill(~real[:, None], 0.0) for t in (query, value))
+    if query.dtype != dtype and query.numel() * dtype.itemsize <= max_bytes:
+        query, value = query.to(dtype), value.to(dtype)
+    done = attend_head(query, keys, value, weights, partition, result=result, max_bytes=max_bytes)
+
+    def magnitude() -> Tensor:
+        norms = torch.linalg.vector_norm(value.to(dtype), dim=-1)
+        of_norms = attend_head(
+            query, keys, value[:, :0], norms, partition, result=result, max_bytes=max_bytes
+        )
+        return of_norms.normaliser * (of_norms.shift - done.shift).exp()
+
+    tolerance = _TOLERANCE[inputs.work]
+    least = torch.finfo(dtype).tiny / torch.finfo(dtype).eps
+    total, output = done.normaliser, done.output
+    allowed = torch.stack([done.norms, total], dim=-1).mul_(tolerance)
+    good = (done.noise <= allowed).all(-1).logical_and_(total >= least)
+    lse = total.log() + done.shift
+    if bool(good.all()):
+        return output, lse.to(inputs.work), torch.zeros_like(good)
+    reached = torch.ones_like(good)
+    if not bool(value[0].any()):
+        reached = reached_rows(first.new_zeros(1, 1, 1), value[None, None])[0, 0]
+        # A row that sees only zero values is zero, whatever the transform says.
+        output.masked_fill_(~reached[:, None], 0.0)
+    lost = lost_rows(
+        done.norms, done.noise[:, 0], reached, magnitude, worked=dtype, tolerance=tolerance
+    )
+    lost |= ~((done.noise[:, 1] <= allowed[:, 1]) & (total >= least) & total.isfinite())
+    if real is not None:
+        lost &= _visible_rows(real[None])[0]
+    return output, lse.to(inputs.work), lost
+
+
+def _by_logits(clean: Inputs, max_bytes: int) -> tuple[tuple[Tensor, ...], tuple[int, int, int]]:
+    """Evaluate by the paper's scheme, one transform of full length per segment."""
+    problems, sets, n, _ = clean.query.shape
+    groups = problems * sets
+    logits = clean.logits()
+    flat_logits = logits.reshape(groups, -1, n)
+    flat_starts = clean.starts.expand(problems, sets, -1).reshape(groups, -1)
+
+    def transform(chosen: Tensor | None, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], Tensor]:
+        parts, mask = (logits, clean.starts, clean.value[:, None]), clean.real
+        if chosen is not None:
+            owner = chosen // sets
+            parts = (flat_logits[chosen, None], flat_starts[chosen, None], clean.value[owner, None])
+            mask = None if clean.real is None else clean.real[owner]
+        output, lse, lost = _transform(
+            parts[0].to(dtype), parts[1], parts[2].to(dtype), mask, clean.work, max_bytes
+        )
+        return (output.flatten(0, 1), lse.flatten(0, 1)), lost.reshape(-1, n)
+
+    return evaluate_safely(transform, lambda heads, rows: _exact_rows(clean, heads, rows), clean.work)
 
 
 def _transform(
@@ -115,10 +276,11 @@ def _transform(
         visible = _visible_rows(real)[:, None].expand(normaliser.shape)
     reached = reached_rows(starts, value)
     lost = lost_rows(
-        numerator,
+        torch.linalg.vector_norm(numerator.detach(), dim=-1, dtype=torch.float64),
         noise,
         reached,
         magnitude,
+        worked=numerator.dtype,
         tolerance=_TOLERANCE[result],
     )
     lost = (lost | doubtful) & visible

@@ -9,22 +9,15 @@ import torch
 from torch import Tensor
 
 from ..basis import ConvBasis
-from ..checks import (
-    check_alike,
-    check_finite,
-    check_float_tensor,
-    check_positive_int,
-    check_scale,
-    compute_dtype,
-    describe,
-)
-from ..convolve import DEFAULT_MAX_BYTES
-from ..convolve.segments import lag_mask
-from ..dispatch import Dispatch, record_dispatch
+from ..checks import check_alike, check_float_tensor, check_positive_int, check_scale, describe
+from ..dispatch import Dispatch, check_backend, last_dispatch
 from ..errors import InputError
-from ..logits import segment_logits
-from .forward import Forward, conv_basis_fwd
-from .segments import check_segments, last_tokens, resolve_starts
+from .call import Options, attend, folded
+from .ops import ConvBasisAttentionFunction
+from .segments import check_segments, starts_tensor
+
+# Tensors that need no operator to be seen through: no tracing, no vmap, no subclass of its own ways.
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class AttentionStats(NamedTuple):
@@ -147,7 +140,7 @@ def conv_basis_attention(
         backend=backend,
         max_bytes=max_bytes,
     )
-    return call.output
+    return call[0]
 
 
 def conv_basis_attention_stats(
@@ -203,21 +196,18 @@ def conv_basis_attention_stats(
         backend=backend,
         max_bytes=max_bytes,
     )
+    output, lse, used = call
     batch, heads, n, _ = query.shape
-    kept = call.logits.masked_fill(call.logits == -torch.inf, 0.0)  # outside the matrix, and padding
-    basis = ConvBasis._trusted(
-        kept.view(batch, heads, -1, n),
-        call.starts.expand(*call.logits.shape[:-1]).reshape(batch, heads, -1),
-    )
-    return AttentionStats(call.output, call.lse, basis, None, call.dispatch)
-
-
-class _Call(NamedTuple):
-    output: Tensor  # (B, H, n, d_v)
-    lse: Tensor  # (B, H, n)
-    logits: Tensor  # (P, R, k, n)
-    starts: Tensor  # (P, R, k) or (1, 1, k)
-    dispatch: Dispatch
+    dispatch = last_dispatch()
+    assert dispatch is not None
+    with torch.autocast(query.device.type, enabled=False):
+        # Unused bases at the end are left away where all heads have them.
+        used = used[..., : max(1, int((used < n).sum(-1).max()))]
+        inputs = folded(query, key, value, key_padding_mask, check_scale(scale, query.shape[-1]))
+        clean = inputs._replace(starts=used.reshape(*inputs.query.shape[:2], -1)).cleaned()
+        logits = clean.logits().view(batch, heads, -1, n)
+        kept = logits.masked_fill(logits == -torch.inf, 0.0)  # outside the matrix, and padding
+    return AttentionStats(output, lse, ConvBasis._trusted(kept, used), None, dispatch)
 
 
 def _attend(
@@ -225,78 +215,94 @@ def _attend(
     key: Tensor,
     value: Tensor,
     *,
-    num_bases: object,
-    starts: object,
-    segment_length: object,
-    window: object,
-    delta: object,
-    epsilon: object,
-    search: object,
-    scale: object,
-    is_causal: object,
+    num_bases: int | None,
+    starts: Tensor | Sequence[int] | None,
+    segment_length: int | None,
+    window: int,
+    delta: float | None,
+    epsilon: float,
+    search: str,
+    scale: float | None,
+    is_causal: bool,
     enable_gqa: bool,
-    key_padding_mask: object,
+    key_padding_mask: Tensor | None,
     backend: str,
-    max_bytes: object,
-) -> _Call:
+    max_bytes: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Check what shapes and options can tell, and run: output, lse and starts ``(B, H, k)``.
+
+    The operator is what can be compiled and differentiated; a plain call does without.
+    """
+    result = _autocast_dtype(query)
+    if result is not None:
+        # As torch's own operators, but nothing is rounded before the result is.
+        query, key, value = (
+            tensor.float() if isinstance(tensor, Tensor) and tensor.is_floating_point() else tensor
+            for tensor in (query, key, value)
+        )
     _check_qkv(query, key, value, enable_gqa)
     if is_causal is not True:
         raise InputError(
             f"is_causal={describe(is_causal)}: a conv basis is lower triangular, so attention is "
             "causal; leave is_causal=True"
         )
-    batch, heads, n, d = query.shape
-    kv_heads = key.shape[1]
-    factor = check_scale(scale, d)
-    budget = DEFAULT_MAX_BYTES
+    factor = check_scale(scale, query.shape[-1])
+    check_backend(backend)
     if max_bytes is not None:
-        budget = check_positive_int("max_bytes", max_bytes, "a number of bytes")
-    request = check_segments(
-        batch,
-        heads,
-        n,
-        query.device,
-        num_bases=num_bases,
-        starts=starts,
-        segment_length=segment_length,
-        window=window,
-        delta=delta,
-        epsilon=epsilon,
-        search=search,
-    )
-    mask = _check_mask(key_padding_mask, batch, n, query.device)
-    with torch.autocast(query.device.type, enabled=False):
-        work = compute_dtype(query.dtype)
-        tokens = None if mask is None else mask[:, None, :, None]
-        for name, tensor in (("query", query), ("key", key), ("value", value)):
-            check_finite(name, tensor, tokens)
-        query_, key_, value_ = (
-            tensor.to(work) if tokens is None else tensor.to(work).masked_fill(~tokens, 0.0)
-            for tensor in (query, key, value)
+        check_positive_int("max_bytes", max_bytes, "a number of bytes")
+    _check_mask(key_padding_mask, query.shape[0], query.shape[2], query.device)
+    begins = starts
+    if torch.compiler.is_compiling():  # a graph takes options as they are; the operator checks them
+        begins = starts_tensor(starts, query.device)
+    else:
+        request = check_segments(
+            query.shape[0],
+            query.shape[1],
+            query.shape[2],
+            query.device,
+            num_bases=num_bases,
+            starts=starts,
+            segment_length=segment_length,
+            window=window,
+            delta=delta,
+            epsilon=epsilon,
+            search=search,
         )
-        query_ = query_.reshape(batch * kv_heads, heads // kv_heads, n, d)
-        key_ = key_.reshape(batch * kv_heads, n, d)
-        value_ = value_.reshape(batch * kv_heads, 1, n, value.shape[-1])
-        real = None if mask is None else mask.repeat_interleave(kv_heads, dim=0)
-
-        used = resolve_starts(request, query_, key_, factor, real)
-        stop = None if real is None else last_tokens(real)[:, None, None]
-        logits = segment_logits(query_, key_, used, factor, stop)
-        outside = ~lag_mask(used, n, stop)
-        if not bool((logits.detach().isfinite() | outside).all()):
-            raise InputError(
-                f"the logits scale·query·key overflow {work} (scale={factor}); make query and key "
-                "smaller"
-            )
-        forward: Forward = conv_basis_fwd(logits, used, value_, real, backend=backend, max_bytes=budget)
-    record_dispatch(forward.dispatch)
-    return _Call(
-        forward.output.reshape(batch, heads, n, -1).to(query.dtype),
-        forward.lse.reshape(batch, heads, n),
-        logits,
-        used,
-        forward.dispatch,
+        begins = None if starts is None else request.starts
+        tensors = (query, key, value)
+        recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        if not recorded and all(type(tensor) in _PLAIN for tensor in tensors) and not query.is_meta:
+            options = Options(factor, backend, max_bytes)
+            call = attend(query, key, value, request, key_padding_mask, options)
+            output = call.output if result is None else call.output.to(result)
+            return output, call.lse, call.starts
+    output, lse, used = ConvBasisAttentionFunction.apply(
+        query,
+        key,
+        value,
+        begins,
+        key_padding_mask,
+        num_bases,
+        segment_length,
+        window,
+        delta,
+        epsilon,
+        search,
+        factor,
+        backend,
+        max_bytes,
     )
+    return (output if result is None else output.to(result)), lse, used
+
+
+def _autocast_dtype(query: object) -> torch.dtype | None:
+    """Return the dtype that results have under autocast; None where autocast has no say."""
+    if not isinstance(query, Tensor) or not query.is_floating_point() or query.dtype == torch.float64:
+        return None
+    kind = query.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 def _check_qkv(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
@@ -332,9 +338,9 @@ def _check_qkv(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> N
         )
 
 
-def _check_mask(mask: object, batch: int, n: int, device: torch.device) -> Tensor | None:
+def _check_mask(mask: object, batch: int, n: int, device: torch.device) -> None:
     if mask is None:
-        return None
+        return
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (batch, n):
         raise InputError(
             f"key_padding_mask is {describe(mask)}; a bool tensor of shape ({batch}, {n}), True for "
@@ -342,4 +348,3 @@ def _check_mask(mask: object, batch: int, n: int, device: torch.device) -> Tenso
         )
     if mask.device != device:
         raise InputError(f"key_padding_mask is on {mask.device} but query is on {device}")
-    return None if bool(mask.all()) else mask

@@ -32,8 +32,12 @@ def check_segments(
     delta: object,
     epsilon: object,
     search: object,
+    warn: bool = True,
 ) -> SegmentRequest:
-    """Check that exactly one way to choose segments was asked for, and return it."""
+    """Check that exactly one way to choose segments was asked for, and return it.
+
+    With warn, options that are allowed but unwise cause a warning.
+    """
     given = [
         name
         for name, value in (("starts", starts), ("segment_length", segment_length))
@@ -51,7 +55,7 @@ def check_segments(
                 "no segments were asked for: give num_bases (recovered), segment_length (uniform) or "
                 "starts"
             )
-        return SegmentRequest(None, search_options(n, num_bases, window, delta, epsilon, search))
+        return SegmentRequest(None, search_options(n, num_bases, window, delta, epsilon, search, warn))
     defaults = {"window": 1, "delta": None, "epsilon": 0.0, "search": "linear"}
     options = {"window": window, "delta": delta, "epsilon": epsilon, "search": search}
     for name, value in options.items():
@@ -80,6 +84,14 @@ def check_segments(
                 f"num_bases={count} contradicts the {found.shape[-1]} starts; leave it out"
             )
     return SegmentRequest(found, None)
+
+
+def starts_tensor(starts: object, device: torch.device) -> Tensor | None:
+    """Return starts, which `check_segments` has seen, as a tensor."""
+    if starts is None:
+        return None
+    tensor = starts if isinstance(starts, Tensor) else torch.tensor(starts, dtype=torch.int64)
+    return tensor.detach().to(device=device, dtype=torch.int64)
 
 
 def resolve_starts(

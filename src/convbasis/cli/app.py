@@ -72,3 +72,23 @@ def demo(
     from .demo import run_demo
 
     run_demo(output, length, text, layers, seed, Console())
+
+
+@app.command()
+@_one_line_errors
+def tune(
+    output: Annotated[
+        Path | None,
+        typer.Option(help="File for the rates, instead of the one that choices are made from."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Device to measure on, such as cpu or cuda.")] = "cpu",
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads to measure with; all by default.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each configuration.")] = 3,
+    longest: Annotated[int, typer.Option(min=256, help="Longest sequence, in tokens.")] = 32768,
+) -> None:
+    """Measure this machine, and fit the model by which backend="auto" chooses to it."""
+    from .tune import run_tune
+
+    run_tune(output, device, threads, repeats, longest, Console())

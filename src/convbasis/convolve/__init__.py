@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ..dispatch import Dispatch, resolve_backend
-from .fft import fft_product
+from ..dispatch import Dispatch
+from .choice import DEFAULT_MAX_BYTES, Work, choose
+from .direct import direct_product
+from .fft import fft_kernel_gradient, fft_product
 from .guard import lost_rows, reached_rows
+from .partition import Partition, Sizes
+from .partitioned import partitioned_blocks, partitioned_transposed, row_noise
 from .reference import product_rows
 from .rescue import evaluate_safely
-
-DEFAULT_MAX_BYTES = 256 << 20
-"""Working memory of the transforms, in bytes, where the caller names none."""
+from .segments import segment_stops
+from .windows import KernelWindows, LogitWindows
 
 # The largest relative error of a row of a product that a transform may leave.
 _TOLERANCE = {torch.float32: 1.5e-5, torch.float64: 1e-10}
@@ -29,25 +34,78 @@ def segment_product(
 ) -> tuple[Tensor, Dispatch]:
     """Multiply segmented matrices, or their transposes, with x.
 
-    Rows that would drown in the rounding of a transform are evaluated directly.
+    Rows that would drown in the rounding of a transform are evaluated directly. Differentiable with
+    respect to kernels and x.
 
     Args:
         kernels: ``(P, R, k, n)`` float32 or float64, k >= 0, zero past lag n - 1 - start.
         starts: ``(P, R, k)`` or ``(1, 1, k)``.
         x: ``(P, R, n, c)`` or ``(P, 1, n, c)``, dtype of kernels.
-        backend: ``"auto"``, ``"fft"`` or ``"reference"``.
+        backend: one of `BACKENDS`.
         max_bytes: bound on the transforms' working memory, in bytes.
         transpose: multiply with the transposes.
 
     Returns:
         the product ``(P, R, n, c)`` and what was run.
     """
+    record: list[Dispatch] = []
+    product = _SegmentProduct.apply(kernels, starts, x, backend, max_bytes, transpose, record)
+    return product, record[0]
+
+
+class _SegmentProduct(torch.autograd.Function):
+    """Save for the backward pass, and restore."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kernels: Tensor,
+        starts: Tensor,
+        x: Tensor,
+        backend: str,
+        max_bytes: int,
+        transpose: bool,
+        record: list[Dispatch],
+    ) -> Tensor:
+        """Multiply; what was run goes into the record."""
+        product, dispatch = _evaluate(kernels, starts, x, backend, max_bytes, transpose)
+        record.append(dispatch)
+        ctx.save_for_backward(kernels, starts, x)
+        ctx.max_bytes, ctx.transpose = max_bytes, transpose
+        return product
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        """Multiply the gradient with the transposes, and correlate it with x."""
+        kernels, starts, x = ctx.saved_tensors
+        gradient = grads[0].contiguous()
+        of_kernels = of_x = None
+        if ctx.needs_input_grad[2]:
+            of_x, _ = _evaluate(kernels, starts, gradient, "auto", ctx.max_bytes, not ctx.transpose)
+            if x.shape[1] == 1:
+                of_x = of_x.sum(1, keepdim=True)
+        if ctx.needs_input_grad[0] and kernels.numel():
+            inner, outer = x.double(), gradient.double()
+            if ctx.transpose:
+                shape = outer.shape
+                inner, outer = outer, inner.expand(shape)
+            k = kernels.shape[-2]
+            of_kernels = fft_kernel_gradient(starts, inner, outer, k, ctx.max_bytes).to(kernels.dtype)
+        elif ctx.needs_input_grad[0]:
+            of_kernels = torch.zeros_like(kernels)
+        return of_kernels, None, of_x, None, None, None, None
+
+
+def _evaluate(
+    kernels: Tensor, starts: Tensor, x: Tensor, backend: str, max_bytes: int, transpose: bool
+) -> tuple[Tensor, Dispatch]:
     problems, sets, k, n = kernels.shape
     groups, columns = problems * sets, x.shape[-1]
-    chosen_backend, reason = resolve_backend(backend, n)
+    longest = int((segment_stops(starts, n) - starts).max()) if starts.numel() else 0
+    choice = choose(backend, Work(n, k, columns, 0, longest, groups, kernels.dtype))
     if k == 0 or groups * columns == 0:
         zero = kernels.new_zeros((problems, sets, n, columns))
-        return zero, Dispatch(chosen_backend, "the result is zero or empty")
+        return zero, Dispatch(choice.backend, "the result is zero or empty")
     flat_kernels = kernels.reshape(groups, k, n)
     flat_starts = starts.expand(problems, sets, k).reshape(groups, k)
     flat_x = x.expand(problems, sets, n, columns)
@@ -57,11 +115,19 @@ def segment_product(
         own_kernels, own_starts = flat_kernels[chosen], flat_starts[chosen]
         return (product_rows(own_kernels, own_starts, values, rows, transpose=transpose),)
 
-    if chosen_backend == "reference":
+    if choice.backend == "reference":
         everything = torch.arange(groups, device=x.device)
         rows = torch.arange(n, device=x.device).expand(groups, n)
         (product,) = direct(everything, rows)
-        return product.view(problems, sets, n, columns), Dispatch("reference", reason)
+        return product.view(problems, sets, n, columns), Dispatch("reference", choice.reason)
+    if choice.backend == "direct":
+        product = direct_product(flat_kernels, starts.flatten(0, 1), flat_x.flatten(0, 1), transpose)
+        return product.view(problems, sets, n, columns), Dispatch("direct", choice.reason)
+
+    def multiply(own: Tensor, begins: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        if choice.sizes is None:
+            return fft_product(own, begins, values, max_bytes, transpose=transpose)
+        return _partitioned(own, begins, values, choice.sizes, max_bytes, transpose)
 
     def transform(chosen: Tensor | None, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], Tensor]:
         parts = (kernels, starts, x)
@@ -69,35 +135,75 @@ def segment_product(
             values = flat_x[chosen // sets, chosen % sets]
             parts = (flat_kernels[chosen, None], flat_starts[chosen, None], values[:, None])
         own_kernels, own_starts, values = parts[0].to(dtype), parts[1], parts[2].to(dtype)
-        product, noise = fft_product(own_kernels, own_starts, values, max_bytes, transpose=transpose)
+        product, noise = multiply(own_kernels, own_starts, values)
 
         def magnitude() -> Tensor:
-            norms = torch.linalg.vector_norm(values.detach(), dim=-1, keepdim=True)
-            sizes = own_kernels.detach().abs()
-            return fft_product(sizes, own_starts, norms, max_bytes, transpose=transpose)[0][..., 0]
+            norms = torch.linalg.vector_norm(values, dim=-1, keepdim=True)
+            return multiply(own_kernels.abs(), own_starts, norms)[0][..., 0]
 
         reached = reached_rows(own_starts, values, transpose=transpose)
         product = product.masked_fill(~reached[..., None], 0.0)
         lost = lost_rows(
-            product,
+            torch.linalg.vector_norm(product, dim=-1, dtype=torch.float64),
             noise,
             reached,
             magnitude,
+            worked=dtype,
             tolerance=_TOLERANCE[kernels.dtype],
         )
         return (product.reshape(-1, n, columns),), lost.reshape(-1, n)
 
     (product,), rescue = evaluate_safely(transform, direct, kernels.dtype)
-    dispatch = Dispatch("fft", reason, *rescue)
+    dispatch = Dispatch(choice.backend, choice.reason, *rescue)
     dispatch.warn_if_direct(groups)
     return product.view(problems, sets, n, columns), dispatch
 
 
+def _partitioned(
+    kernels: Tensor, starts: Tensor, x: Tensor, sizes: Sizes, max_bytes: int, transpose: bool
+) -> tuple[Tensor, Tensor]:
+    """Multiply by partitioned convolution, matrix by matrix; as `fft_product`, noise ``(P, R, n)``."""
+    problems, sets, k, n = kernels.shape
+    lists = starts.expand(problems, sets, k).tolist()
+    product = kernels.new_zeros((problems, sets, n, x.shape[-1]))
+    noise = kernels.new_zeros((problems, sets, n), dtype=torch.float64)
+    for p in range(problems):
+        for r in range(sets):
+            partition = Partition(lists[p][r], n, sizes)
+            if not partition.pieces:
+                continue
+            windows = KernelWindows(kernels[p, r], partition)
+            values = x[p, r if x.shape[1] > 1 else 0]
+            if transpose:
+                product[p, r], noise[p, r] = partitioned_transposed(
+                    windows, partition, values, max_bytes
+                )
+                continue
+            energies = kernels.new_zeros(n)
+            for block in partitioned_blocks(windows, partition, values, None, max_bytes):
+                rows = slice(*block.rows)
+                columns = slice(*block.columns)
+                product[p, r, rows, columns] = block.values.mT.flatten(0, 1)
+                height = block.values.shape[-1]
+                energies[rows] += block.energy[:, 0].repeat_interleave(height)
+            noise[p, r] = row_noise(energies, sizes.transform, kernels.dtype)
+    return product, noise
+
+
 __all__ = [
     "DEFAULT_MAX_BYTES",
+    "KernelWindows",
+    "LogitWindows",
+    "Partition",
+    "Sizes",
+    "Work",
+    "choose",
     "evaluate_safely",
+    "fft_kernel_gradient",
     "fft_product",
     "lost_rows",
+    "partitioned_blocks",
     "reached_rows",
+    "row_noise",
     "segment_product",
 ]

@@ -3,7 +3,7 @@
 O(k n c log n) time. The values of a segment are transformed in place on the sequence axis, multiplied
 with the transform of its kernel and summed over segments in the frequency domain, so that one inverse
 transform serves all segments. Lengths are at least the length of the linear convolution: nothing
-wraps around.
+wraps around. Conjugates are made, never only marked: in a compiled graph an operator misses the mark.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .lengths import fast_length
-from .segments import segment_stops
+from .noise import squared_norm, unit_noise
+from .segments import lag_mask, segment_stops
 
 
 def fft_product(
@@ -54,7 +55,7 @@ def fft_product(
             energies.append(energy)
         products.append(torch.cat(pieces, dim=-1))
         noises.append(torch.stack(energies).sum(0).div(length).sqrt())
-    return torch.cat(products), torch.cat(noises) * _unit_noise(kernels.dtype, length)
+    return torch.cat(products), torch.cat(noises) * unit_noise(kernels.dtype, length)
 
 
 def _convolve(kernels: Tensor, starts: Tensor, x: Tensor, length: int) -> tuple[Tensor, Tensor]:
@@ -76,8 +77,8 @@ def _convolve(kernels: Tensor, starts: Tensor, x: Tensor, length: int) -> tuple[
     total = total.expand(*shape[:2], n + 1)
     starts, stops = starts.expand(shape), stops.expand(shape)
     per_segment = (total.gather(-1, stops) - total.gather(-1, starts)).clamp(min=0.0)
-    inputs = (_squares(kernels, -1) * per_segment).sum(-1)
-    return whole[..., :n].transpose(-1, -2), (_squares(whole, (-1, -2)) + 4.0 * inputs)[..., None]
+    inputs = (squared_norm(kernels, -1) * per_segment).sum(-1)
+    return whole[..., :n].transpose(-1, -2), (squared_norm(whole, (-1, -2)) + 4.0 * inputs)[..., None]
 
 
 def _correlate(kernels: Tensor, starts: Tensor, x: Tensor, length: int) -> tuple[Tensor, Tensor]:
@@ -86,28 +87,46 @@ def _correlate(kernels: Tensor, starts: Tensor, x: Tensor, length: int) -> tuple
     rows = torch.arange(n, device=x.device)
     stops = segment_stops(starts, n)
     values = torch.fft.rfft(x.transpose(-1, -2), n=length)
-    x_sizes = _squares(x, (-1, -2))
+    x_sizes = squared_norm(x, (-1, -2))
     product = torch.zeros((), dtype=x.dtype, device=x.device)
     energy = torch.zeros((), dtype=torch.float64, device=x.device)
     for r in range(kernels.shape[-2]):
         inside = (rows >= starts[..., r, None]) & (rows < stops[..., r, None])
         kernel = torch.fft.rfft(kernels[..., r, :], n=length)[..., None, :]
-        whole = torch.fft.irfft(kernel.conj() * values, n=length)
+        whole = torch.fft.irfft(kernel.conj_physical() * values, n=length)
         product = product + whole[..., :n] * inside[..., None, :]
-        sums = _squares(whole, (-1, -2)) + 4.0 * _squares(kernels[..., r, :], -1) * x_sizes
+        sums = squared_norm(whole, (-1, -2)) + 4.0 * squared_norm(kernels[..., r, :], -1) * x_sizes
         energy = energy + sums[..., None] * inside
     return product.transpose(-1, -2), energy
 
 
-def _squares(tensor: Tensor, dim: int | tuple[int, ...]) -> Tensor:
-    """Return sums of squares, float64."""
-    return torch.linalg.vector_norm(tensor.detach(), dim=dim).double().square()
+def fft_kernel_gradient(starts: Tensor, x: Tensor, gradient: Tensor, k: int, max_bytes: int) -> Tensor:
+    """Return the gradient of the kernels of ``y = A x``, given that of y: causal correlations.
 
+    Args:
+        starts: ``(P, R, k)`` or ``(1, 1, k)``.
+        x: ``(P, R, n, c)`` or ``(P, 1, n, c)``.
+        gradient: ``(P, R, n, c)``.
+        k: number of segments.
+        max_bytes: bound on the transforms' working memory, in bytes; never below one column.
 
-def _unit_noise(dtype: torch.dtype, length: int) -> float:
-    """Return the relative error of a transform of this length: it grows with sqrt(log2 length).
-
-    The factor makes the worst row of a product stay below the estimate: measured against direct
-    evaluation on flat, decaying, random and impulse-like kernels and values (docs/numerics.md).
+    Returns:
+        ``(P, R, k, n)``: for segment r and lag t, the sum over its columns j of
+        ``gradient[j + t]·x[j]``.
     """
-    return 2.0 * torch.finfo(dtype).eps * float(length.bit_length()) ** 0.5
+    problems, sets, n, columns = gradient.shape
+    length = fast_length(2 * n)
+    step = max(1, min(columns, max_bytes // (4 * length * problems * sets * gradient.element_size())))
+    rows = torch.arange(n, device=x.device)
+    stops = segment_stops(starts, n)
+    result = gradient.new_zeros((problems, sets, k, n))
+    for c in range(0, columns, step):
+        part = slice(c, c + step)
+        outer = torch.fft.rfft(gradient[..., part].transpose(-1, -2), n=length)
+        values = x[..., part].transpose(-1, -2)
+        for r in range(k):
+            inside = (rows >= starts[..., r, None]) & (rows < stops[..., r, None])
+            inner = torch.fft.rfft(values * inside[..., None, :], n=length)
+            spectrum = (inner.conj_physical() * outer).sum(-2)
+            result[..., r, :] += torch.fft.irfft(spectrum, n=length)[..., :n]
+    return result.masked_fill_(~lag_mask(starts, n), 0.0)

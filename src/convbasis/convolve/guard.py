@@ -1,7 +1,8 @@
 """Which rows of a product drown in the rounding of its transforms.
 
-The rounding of an FFT is spread evenly over all rows: it is relative to the largest ones, and a row
-that is small beside them can be all noise. Such a row is found here, to be evaluated directly.
+The rounding of an FFT is spread evenly over all rows of a transform: it is relative to the largest
+ones, and a row that is small beside them can be all noise. Such a row is found here, to be evaluated
+directly.
 """
 
 from __future__ import annotations
@@ -36,30 +37,31 @@ def reached_rows(starts: Tensor, x: Tensor, *, transpose: bool = False) -> Tenso
 
 
 def lost_rows(
-    product: Tensor,
+    norms: Tensor,
     noise: Tensor,
     reached: Tensor,
     magnitude: Callable[[], Tensor],
     *,
+    worked: torch.dtype,
     tolerance: float,
 ) -> Tensor:
     """Find the rows whose rounding error is too large to be used.
 
     Args:
-        product: ``(P, R, n, c)``, in the dtype that the transform worked in.
+        norms: ``(P, R, n)``, Euclidean norms of the rows of the product.
         noise: ``(P, R, 1)`` or ``(P, R, n)``, expected error of a row in the Euclidean norm.
         reached: what `reached_rows` says; the other rows are never lost.
         magnitude: returns ``(P, R, n)``, the product of absolute values ``|A| |x|`` with ``|x|`` the
             row norms of x; only called when some row of a float64 transform is doubtful.
+        worked: dtype that the transform worked in.
         tolerance: the largest relative error of a row that passes.
 
     Returns:
         bool ``(P, R, n)``, True where the row must be evaluated directly.
     """
-    norms = torch.linalg.vector_norm(product.detach(), dim=-1, dtype=torch.float64)
     finite = norms.isfinite()
     doubtful = ~(finite & (noise <= tolerance * norms)) & reached
-    if product.dtype != torch.float64 or not bool(doubtful.any()):
+    if worked != torch.float64 or not bool(doubtful.any()):
         return doubtful
     inherent = _INHERENT * torch.finfo(torch.float64).eps * magnitude()
     return doubtful & ~(finite & (noise <= inherent))

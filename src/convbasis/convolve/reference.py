@@ -33,13 +33,38 @@ def row_blocks(
         (matrices, positions, entries): a slice of G, a slice of the m rows, and the entries
         ``(g, b, e)``, float64, of the columns 0..e-1; every column past e is above the diagonal.
     """
-    groups, k, n = kernels.shape
+    for part, block, index, hidden in _indices(kernels, starts, rows, transpose=transpose):
+        entries = kernels[part].reshape(len(index), -1).gather(1, index.flatten(1)).view(index.shape)
+        yield part, block, entries.double().masked_fill(hidden, fill)
+
+
+def row_entries(logits: Tensor, starts: Tensor, rows: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Yield blocks of the given rows of one matrix of logits, and where its entries come from.
+
+    Args:
+        logits: ``(1, k, n)``.
+        starts: ``(1, k)``; the first one 0.
+        rows: ``(1, m)``, ascending.
+
+    Yields:
+        (positions, entries, index): a slice of the m rows, the entries ``(1, b, e)``, -inf above the
+        diagonal, and their places in the flat kernels.
+    """
+    for _, block, index, hidden in _indices(logits, starts, rows, transpose=False):
+        entries = logits.reshape(1, -1).gather(1, index.flatten(1)).view(index.shape)
+        yield block, entries.masked_fill(hidden, -torch.inf), index
+
+
+def _indices(
+    kernels: Tensor, starts: Tensor, rows: Tensor, *, transpose: bool
+) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+    """Yield matrices, positions, places in the flat kernels and which entries there are none."""
+    groups, _, n = kernels.shape
     count = rows.shape[-1]
     per_group = max(1, _BLOCK_ENTRIES // n)
     segment = column_segments(starts, n)
     for g in range(0, groups, per_group):
         part = slice(g, min(g + per_group, groups))
-        flat = kernels[part].reshape(-1, k * n)
         position = 0
         while position < count:
             block = slice(position, _block_end(rows[part], position, n, transpose))
@@ -52,9 +77,7 @@ def row_blocks(
                 owner = segment[part, None, :extent]
             hidden = (lag < 0) | (owner < 0)
             index = lag.add_(owner * n).masked_fill_(hidden, 0)
-            entries = flat.gather(1, index.flatten(1)).view(index.shape)
-            entries = entries.double().masked_fill(hidden, fill)
-            yield part, block, entries
+            yield part, block, index, hidden
             position = block.stop
 
 

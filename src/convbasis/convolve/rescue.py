@@ -42,6 +42,8 @@ def evaluate_safely(
         results ``(G, n, ...)`` and what was mended.
     """
     results, lost = transform(None, dtype)
+    if not bool(lost.any()):
+        return results, Rescue(0, 0, 0)
     n = lost.shape[-1]
     repeated = 0
     if dtype == torch.float32:
@@ -63,9 +65,8 @@ def evaluate_safely(
         wanted = rows >= 0
         fresh = direct(some, rows.clamp(min=0))
         place = (some[:, None].expand_as(rows)[wanted], rows[wanted])
-        results = tuple(
-            old.index_put(place, new[wanted]) for old, new in zip(results, fresh, strict=True)
-        )
+        for old, new in zip(results, fresh, strict=True):
+            old.index_put_(place, new[wanted].to(old.dtype))
     heavy = whole.nonzero()[:, 0]
     if len(heavy):
         rows = torch.arange(n, device=lost.device).expand(len(heavy), n)
@@ -74,6 +75,6 @@ def evaluate_safely(
 
 
 def _put(results: tuple[Tensor, ...], fresh: tuple[Tensor, ...], index: Tensor) -> tuple[Tensor, ...]:
-    return tuple(
-        old.index_copy(0, index, new.to(old.dtype)) for old, new in zip(results, fresh, strict=True)
-    )
+    for old, new in zip(results, fresh, strict=True):
+        old.index_copy_(0, index, new.to(old.dtype))
+    return results

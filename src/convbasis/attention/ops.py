@@ -1,0 +1,186 @@
+"""Attention as opaque operators, so that it can be compiled, exported and differentiated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backward import conv_basis_bwd
+from .call import Options, attend, folded
+from .segments import check_segments
+
+
+@torch.library.custom_op("convbasis::attention", mutates_args=())
+def attention_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor | None,
+    key_padding_mask: Tensor | None,
+    num_bases: int | None,
+    segment_length: int | None,
+    window: int,
+    delta: float | None,
+    epsilon: float,
+    search: str,
+    scale: float,
+    backend: str,
+    max_bytes: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return output ``(B, H, n, d_v)``, lse ``(B, H, n)`` and the starts used ``(B, H, k)``.
+
+    k is the number of starts given, of uniform segments, or num_bases; unused starts are n.
+    """
+    batch, heads, n, _ = query.shape
+    request = check_segments(
+        batch,
+        heads,
+        n,
+        query.device,
+        num_bases=num_bases,
+        starts=starts,
+        segment_length=segment_length,
+        window=window,
+        delta=delta,
+        epsilon=epsilon,
+        search=search,
+        warn=False,
+    )
+    call = attend(query, key, value, request, key_padding_mask, Options(scale, backend, max_bytes))
+    missing = _num_starts(n, starts, num_bases, segment_length) - call.starts.shape[-1]
+    used = torch.nn.functional.pad(call.starts, (0, missing), value=n)
+    return call.output.contiguous(), call.lse.contiguous(), used.clone()
+
+
+@attention_op.register_fake
+def _(  # type: ignore[no-untyped-def]
+    query, key, value, starts, key_padding_mask, num_bases, segment_length, *_options
+):
+    batch, heads, n, _ = query.shape
+    work = torch.float64 if query.dtype == torch.float64 else torch.float32
+    count = _num_starts(n, starts, num_bases, segment_length)
+    return (
+        query.new_empty((batch, heads, n, value.shape[-1])),
+        query.new_empty((batch, heads, n), dtype=work),
+        query.new_empty((batch, heads, count), dtype=torch.int64),
+    )
+
+
+def _num_starts(
+    n: int, starts: Tensor | None, num_bases: int | None, segment_length: int | None
+) -> int:
+    if starts is not None:
+        return starts.shape[-1]
+    if segment_length is not None:
+        return -(-n // segment_length)
+    return num_bases or 1
+
+
+@torch.library.custom_op("convbasis::attention_backward", mutates_args=())
+def attention_backward_op(
+    grad_output: Tensor,
+    grad_lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    starts: Tensor,
+    key_padding_mask: Tensor | None,
+    scale: float,
+    max_bytes: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of `attention_op` with respect to query, key and value."""
+    inputs = folded(query, key, value, key_padding_mask, scale)
+    shape = inputs.query.shape[:2]
+    inputs = inputs._replace(starts=starts.reshape(*shape, -1))
+    with torch.autocast(query.device.type, enabled=False):
+        grads = conv_basis_bwd(
+            inputs,
+            output.view(*shape, *output.shape[2:]),
+            lse.view(*shape, -1),
+            grad_output.reshape(*shape, *output.shape[2:]),
+            grad_lse.reshape(*shape, -1),
+            max_bytes,
+        )
+    tensors = (query, key, value)
+    first, second, third = (
+        grad.reshape(tensor.shape).to(tensor.dtype).contiguous()
+        for grad, tensor in zip(grads, tensors, strict=True)
+    )
+    return first, second, third
+
+
+@attention_backward_op.register_fake
+def _(grad_output, grad_lse, query, key, value, *_others):  # type: ignore[no-untyped-def]
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+class ConvBasisAttentionFunction(torch.autograd.Function):
+    """Save for the backward pass, and restore."""
+
+    @staticmethod
+    def forward(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        starts: Tensor | None,
+        mask: Tensor | None,
+        num_bases: int | None,
+        segment_length: int | None,
+        window: int,
+        delta: float | None,
+        epsilon: float,
+        search: str,
+        scale: float,
+        backend: str,
+        max_bytes: int | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Run `attention_op`."""
+        with torch.no_grad():
+            return attention_op(
+                query,
+                key,
+                value,
+                starts,
+                mask,
+                num_bases,
+                segment_length,
+                window,
+                delta,
+                epsilon,
+                search,
+                scale,
+                backend,
+                max_bytes,
+            )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        """Save the inputs, the results and the segments."""
+        query, key, value, _, mask, *_, scale, _, max_bytes = inputs
+        ctx.mark_non_differentiable(output[2])
+        ctx.save_for_backward(query, key, value, *output)
+        ctx.mask, ctx.scale, ctx.max_bytes = mask, scale, max_bytes
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        """Run `attention_backward_op`."""
+        query, key, value, output, lse, starts = ctx.saved_tensors
+        with torch.no_grad():
+            found = attention_backward_op(
+                grads[0],
+                grads[1],
+                query,
+                key,
+                value,
+                output,
+                lse,
+                starts,
+                ctx.mask,
+                ctx.scale,
+                ctx.max_bytes,
+            )
+        return (*found, *(None,) * 11)

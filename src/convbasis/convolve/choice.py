@@ -1,0 +1,205 @@
+"""Which backend computes a product, by a small model of its cost.
+
+The time of a backend is modelled as a sum of amounts of work times seconds per unit: entries times
+logarithm that are transformed, complex entries that are turned, floating-point operations of matrix
+products, entries that are passed over, matrices multiplied, chunks of work, and calls. The amounts
+follow from the shapes alone; the seconds per unit are constants of a machine, built in or fitted by
+``convbasis tune``. The same shapes always get the same choice.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from ..dispatch import check_backend
+from .lengths import fast_length
+from .partition import Sizes
+from .rates import Rates, rates
+
+DEFAULT_MAX_BYTES = 512 << 20
+"""Working memory of the transforms, in bytes, where the caller names none."""
+
+_LARGEST_TRANSFORM = 1 << 18
+_CHUNK = 1 << 17  # entries that are transformed at a time
+_GROUP = 1.5e6  # complex entries that are multiplied at a time
+_DIRECT_BLOCK = 1 << 16  # entries that direct evaluation lays out at a time
+_CACHED = 1 << 20  # entries that the processor's caches hold
+
+
+class Work(NamedTuple):
+    """What is to be computed."""
+
+    n: int
+    """Tokens."""
+    k: int
+    """Segments."""
+    columns: int
+    """Columns of x."""
+    d: int
+    """Head dimension that kernels are made from; 0 where they are given."""
+    longest: int
+    """Tokens of the longest segment."""
+    heads: int
+    """Matrices."""
+    dtype: torch.dtype
+    """To work in."""
+    device: str = "cpu"
+    """Type of the device."""
+
+
+class Choice(NamedTuple):
+    """What computes it."""
+
+    backend: str
+    reason: str
+    sizes: Sizes | None = None
+
+
+def choose(backend: str, work: Work) -> Choice:
+    """Return what runs: the backend asked for, or the one with the least modelled time.
+
+    Args:
+        backend: one of `BACKENDS`.
+        work: what is to be computed.
+
+    Raises:
+        InputError: the backend is not known.
+    """
+    check_backend(backend)
+    if backend in ("reference", "direct", "fft"):
+        return Choice(backend, "requested")
+    table = rates(work.device, torch.get_num_threads())
+    seconds, sizes = min(
+        ((cost(partitioned_amounts(work, sizes), table), sizes) for sizes in candidates(work)),
+        key=lambda pair: pair[0],
+    )
+    chosen = f"pieces of {sizes.piece}, transforms of {sizes.transform}"
+    if backend == "partitioned":
+        return Choice(backend, f"requested; {chosen}", sizes)
+    others = {
+        "direct": cost(direct_amounts(work), table),
+        "fft": cost(fft_amounts(work), table),
+    }
+    best = min(others, key=lambda name: others[name])
+    about = f"n = {work.n}, k = {work.k}"
+    if others[best] < seconds:
+        return Choice(best, f"least modelled time for {about}")
+    return Choice("partitioned", f"least modelled time for {about}; {chosen}", sizes)
+
+
+def candidates(work: Work) -> list[Sizes]:
+    """Return the partitions that are worth a look; at least one."""
+    found = []
+    length = 32
+    while True:
+        for transform in (length, length // 2 * 3):
+            piece = min(work.longest, transform // 2)
+            # Segments of several pieces want blocks as long as pieces.
+            if piece == work.longest or transform == length:
+                found.append(Sizes(max(1, piece), transform))
+        if length >= min(_LARGEST_TRANSFORM, 4 * work.n):
+            return found
+        length *= 2
+
+
+class Amounts(NamedTuple):
+    """Amounts of work of one call."""
+
+    transformed: float
+    """Entries times the logarithm to base 2 of the length."""
+    turned: float
+    """Complex entries copied with their order changed."""
+    flops: float
+    """Floating-point operations of matrix products."""
+    passed: float
+    """Entries read and written once."""
+    matrices: float
+    """Small matrices multiplied."""
+    chunks: float
+    """Pieces of work, some operations each."""
+    calls: float
+    """1, and 1 for each head."""
+    laid: float
+    """Entries of matrices laid out and exponentiated."""
+    streamed: float
+    """Entries read and written once that are too many for the caches."""
+
+    def of_heads(self, heads: int) -> Amounts:
+        """Return the work of so many heads; the call itself is one."""
+        return Amounts(*(heads * amount for amount in self))
+
+
+def cost(amounts: Amounts, table: Rates) -> float:
+    """Return the modelled seconds."""
+    return sum(amount * rate for amount, rate in zip(amounts, table, strict=True))
+
+
+def partitioned_amounts(work: Work, sizes: Sizes) -> Amounts:
+    """Return the work of partitioned convolution."""
+    n, k, c, d = work.n, max(1, work.k), max(1, work.columns), work.d
+    blocks = -(-n // sizes.block)
+    levels = max(1, -(-work.longest // sizes.piece))
+    pieces = k if levels == 1 else min(k * levels, n // sizes.piece + k)
+    windows = blocks * (k + 1) / 2
+    rows = (pieces + blocks) * c
+    visible = (pieces + 1) / 2
+    group = max(1.0, min(blocks, _GROUP / sizes.bins / max(c, visible)))
+    share = min(1.0, 0.5 + 0.5 * group / blocks)  # of the matrix that is not above the diagonal
+    length = sizes.transform
+    chunks = (max(1.0, pieces * c * length / _CHUNK) if c * length < _CHUNK else pieces) + sum(
+        math.ceil(blocks / max(1.0, size // (width * length)))
+        for size, width in ((2 * _CHUNK, visible), (_CHUNK, c))
+    )
+    gathered = 0.0 if levels == 1 else blocks * visible
+    return Amounts(
+        (rows + windows) * length * math.log2(length),
+        sizes.bins * (rows + windows + 2 * gathered),
+        8.0 * sizes.bins * blocks * c * pieces * share + n * d * (k + 1),
+        (rows + 2 * windows) * length + 3 * n * c,
+        sizes.bins * blocks / group,
+        chunks + (blocks if levels > 1 else 0),
+        1.0,
+        0.0,
+        0.0,
+    ).of_heads(work.heads)
+
+
+def direct_amounts(work: Work) -> Amounts:
+    """Return the work of direct evaluation."""
+    n, c = work.n, work.columns
+    step = max(1.0, min(n, _DIRECT_BLOCK / n))
+    entries = n * (n + step) / 2
+    blocks = math.ceil(n / step)
+    one = Amounts(
+        0.0,
+        0.0,
+        2.0 * entries * c + 2.0 * work.k * n * work.d,
+        6.0 * work.k * n,
+        0.0,
+        0.5 * blocks,
+        0.5,
+        entries,
+        0.0,
+    )
+    return one.of_heads(work.heads)
+
+
+def fft_amounts(work: Work) -> Amounts:
+    """Return the work of one transform of full length per segment."""
+    n, k, c = work.n, work.k, work.columns
+    length = fast_length(n + work.longest)
+    rows = k * c + c + k
+    return Amounts(
+        rows * length * math.log2(length),
+        rows * length / 2,
+        2.0 * n * work.d * k,
+        6.0 * k * n * math.log2(n + 1) if work.d else 0.0,  # the normaliser
+        0.0,
+        10.0 + 4.0 * k,
+        1.0,
+        0.0,
+        3.0 * rows * length * min(1.0, c * length / _CACHED),
+    ).of_heads(work.heads)

@@ -1,0 +1,331 @@
+"""Products by partitioned convolution (B1): transforms of blocks, summed as small matrix products.
+
+Each piece of x and each window of the matrix (see `partition`) is transformed once, at length N; then,
+frequency by frequency, the spectra of the output blocks are one small complex matrix product of windows
+and pieces, so that one inverse transform serves a whole block of rows. With p pieces it takes
+O(n c log N + k n log N + p n c N / M) time: the logarithm has left the term with k. Rounding stays
+within blocks: it is relative to what a block of rows sees, not to the whole sequence.
+
+Everything is done block by block in memory that stays in the processor's caches. The spectra of pieces
+and windows are turned so that frequency comes first; nothing else is moved.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .noise import unit_noise
+from .partition import Partition
+from .windows import Windows
+from .workspace import take
+
+# Bytes of the spectra of a group of blocks, which are multiplied at a time: near the processor still.
+_GROUP_BYTES = 12 << 20
+# Bytes that are transformed at a time: what the processor's own cache holds.
+_CHUNK_BYTES = 512 << 10
+
+
+class Block(NamedTuple):
+    """Rows of a product, before they are put where they belong."""
+
+    rows: tuple[int, int]
+    """First row and the one after the last; whole blocks, but for the end of the sequence."""
+    columns: tuple[int, int]
+    """First column of x and the one after the last."""
+    values: Tensor
+    """``(blocks, columns, rows of each)``, divided by exp(shift)."""
+    weights: Tensor | None
+    """``(blocks, rows of each)``, the product with the weights, divided by exp(shift); with the first
+    columns alone."""
+    shifts: list[float]
+    """Of each block."""
+    energy: Tensor
+    """What `row_noise` makes the expected rounding error of a row of values, and of its weight, from;
+    ``(blocks, 2)``."""
+
+
+def row_noise(energy: Tensor, transform: int, dtype: torch.dtype) -> Tensor:
+    """Return the expected rounding error of rows in the Euclidean norm, float64.
+
+    Args:
+        energy: sums of squares of what a transform takes and gives.
+        transform: its length.
+        dtype: that it works in.
+    """
+    return energy.double().div_(transform).sqrt_().mul_(unit_noise(dtype, transform))
+
+
+def column_step(partition: Partition, columns: int, itemsize: int, max_bytes: int) -> int:
+    """Return how many columns of x are transformed at a time to stay within max_bytes."""
+    per_column = 2 * itemsize * partition.sizes.bins * len(partition.pieces)
+    return max(1, min(columns, max_bytes // per_column))
+
+
+def partitioned_blocks(
+    windows: Windows, partition: Partition, x: Tensor, weights: Tensor | None, max_bytes: int
+) -> Iterator[Block]:
+    """Multiply a segmented matrix with x, and with weights, some blocks of rows at a time.
+
+    Args:
+        windows: of the matrix.
+        partition: of the matrix; at least one segment.
+        x: ``(n, c)``; converted to the dtype of weights where there are any.
+        weights: ``(n,)``, one more column of x whose product comes first; None for none.
+        max_bytes: bound on the memory of the spectra of x; never below one column.
+
+    Yields:
+        `Block`; all rows of the first columns, then of the next. Values hold until the next one.
+    """
+    sizes, columns = partition.sizes, x.shape[-1]
+    dtype = x.dtype if weights is None else weights.dtype
+    step = column_step(partition, columns + 1, dtype.itemsize, max_bytes)
+    for low in range(0, max(1, columns), step):
+        high = min(columns, low + step)
+        count = high - low
+        own = weights if low == 0 else None
+        spectra, squares = _piece_spectra(x[:, low:high], own, dtype, partition)
+        windows.restart()
+        for first, product, shifts, entered in _multiply(windows, partition, spectra, squares):
+            begin = first * sizes.block
+            end = min(partition.n, begin + len(product) * sizes.block)
+            useful = product[..., sizes.piece : sizes.piece + min(sizes.block, end - begin)]
+            energy = torch.empty_like(entered)
+            torch.linalg.vector_norm(product[:, :count], dim=(1, 2), out=energy[:, 0])
+            torch.linalg.vector_norm(product[:, count:], dim=(1, 2), out=energy[:, 1])
+            yield Block(
+                (begin, end),
+                (low, high),
+                useful[:, :count],
+                None if own is None else useful[:, count],
+                shifts,
+                energy.square_().add_(entered, alpha=4.0),
+            )
+
+
+def _piece_spectra(
+    x: Tensor, weights: Tensor | None, dtype: torch.dtype, partition: Partition
+) -> tuple[Tensor, Tensor]:
+    """Return the transforms of the pieces ``(p, F, c)`` and sums of squares ``(p, 2)``.
+
+    Weights, where there are any, are the last of the c columns; the squares are those of x and of them.
+    """
+    sizes, count = partition.sizes, x.shape[-1]
+    width, total = count + (weights is not None), len(partition.pieces)
+    spectra = take("piece spectra", (total, sizes.bins, width), dtype.to_complex(), x.device)
+    squares = torch.zeros((total, 2), dtype=dtype, device=x.device)
+    together = max(1, _CHUNK_BYTES // (width * sizes.transform * dtype.itemsize))
+    chunk = take("pieces", (min(total, together), width, sizes.transform), dtype, x.device)
+    chunk.zero_()
+    for first in range(0, total, together):
+        pieces = partition.pieces[first : first + together]
+        part = chunk[: len(pieces)]
+        low, high = pieces[0].low, pieces[-1].high
+        if high - low == len(pieces) * sizes.piece:  # whole pieces, one after the other
+            part[:, :count, : sizes.piece] = x[low:high].unflatten(0, (-1, sizes.piece)).mT
+            if weights is not None:
+                part[:, count, : sizes.piece] = weights[low:high].view(-1, sizes.piece)
+        else:
+            for own, cut in zip(part, pieces, strict=True):
+                length = cut.high - cut.low
+                own[:count, :length] = x[cut.low : cut.high].t()
+                if weights is not None:
+                    own[count, :length] = weights[cut.low : cut.high]
+                if length < sizes.piece:
+                    own[:, length : sizes.piece] = 0.0
+        last = first + len(pieces)
+        torch.linalg.vector_norm(part[:, :count], dim=(1, 2), out=squares[first:last, 0])
+        torch.linalg.vector_norm(part[:, count:], dim=(1, 2), out=squares[first:last, 1])
+        _turn(torch.fft.rfft(part), spectra[first:last])
+    return spectra, squares.square_()
+
+
+def _turn(spectra: Tensor, out: Tensor) -> None:
+    """Copy ``(b, c, F)`` to ``(b, F, c)``; one by one where the copy of a matrix is the faster one."""
+    if len(spectra) == 1:
+        out[0].copy_(spectra[0].t())
+    else:
+        out.copy_(spectra.mT)
+
+
+def _multiply(
+    windows: Windows, partition: Partition, spectra: Tensor, squares: Tensor
+) -> Iterator[tuple[int, Tensor, list[float], Tensor]]:
+    """Yield a first block, the circular products of it and the next ones ``(blocks, c, N)``, their
+    shifts, and what squares entered them ``(blocks, 2)``; a last block that is cut off comes alone."""
+    sizes = partition.sizes
+    width = spectra.shape[-1]
+    together = max(1, _CHUNK_BYTES // (width * sizes.transform * squares.element_size()))
+    whole = partition.n // sizes.block
+    for group in _window_groups(windows, partition, width, spectra.dtype):
+        blocks, _, count = group.spectra.shape
+        product = take("product", (sizes.bins, blocks, width), spectra.dtype, spectra.device)
+        torch.bmm(group.spectra.transpose(0, 1), spectra[:count].transpose(0, 1), out=product)
+        entered = group.squares @ squares[:count]
+        begin = 0
+        while begin < blocks:
+            end = min(blocks, begin + together)
+            if begin < whole - group.first < end:
+                end = whole - group.first
+            if end - begin == 1:
+                turned = product[:, begin].t().contiguous()[None]
+            else:
+                turned = product[:, begin:end].permute(1, 2, 0).contiguous()
+            result = torch.fft.irfft(turned, n=sizes.transform)
+            yield group.first + begin, result, group.shifts[begin:end], entered[begin:end]
+            begin = end
+
+
+def partitioned_transposed(
+    windows: Windows, partition: Partition, x: Tensor, max_bytes: int
+) -> tuple[Tensor, Tensor]:
+    """Multiply the transpose of a segmented matrix with x.
+
+    Args:
+        windows: of the matrix, with shifts of 0.
+        partition: of the matrix; at least one segment.
+        x: ``(n, c)``, dtype of the windows.
+        max_bytes: bound on the memory of the spectra; never below one column.
+
+    Returns:
+        the product ``(n, c)``, 0 for columns before the first segment, and the expected rounding error
+        of its rows in the Euclidean norm, float64 ``(n,)``.
+    """
+    sizes, columns = partition.sizes, x.shape[-1]
+    result = torch.zeros_like(x)
+    squares = x.new_zeros((len(partition.pieces), 2), dtype=torch.float64)  # of outputs and of inputs
+    step = column_step(partition, columns, 2 * x.element_size(), max_bytes)
+    for low in range(0, columns, step):
+        high = min(columns, low + step)
+        spectra, entered = _transposed_spectra(windows, partition, x[:, low:high])
+        squares[:, 1] += entered
+        for index, piece in enumerate(partition.pieces):
+            whole = torch.fft.irfft(spectra[index].t().contiguous(), n=sizes.transform)
+            squares[index, 0] += torch.linalg.vector_norm(whole).double().square()
+            result[piece.low : piece.high, low:high] = whole[:, : piece.high - piece.low].t()
+    noise = row_noise(squares[:, 0] + 4.0 * squares[:, 1], sizes.transform, x.dtype)
+    lengths = torch.tensor([piece.high - piece.low for piece in partition.pieces], device=x.device)
+    by_row = noise.repeat_interleave(lengths)
+    return result, torch.nn.functional.pad(by_row, (len(x) - len(by_row), 0))
+
+
+def _transposed_spectra(windows: Windows, partition: Partition, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return spectra of the product by piece ``(p, F, c)``, and what squares entered them ``(p,)``."""
+    sizes, columns = partition.sizes, x.shape[-1]
+    dtype = x.dtype.to_complex()
+    total = torch.zeros((sizes.bins, len(partition.pieces), columns), dtype=dtype, device=x.device)
+    entered = torch.zeros(len(partition.pieces), dtype=torch.float64, device=x.device)
+    rows = x.new_zeros((columns, sizes.transform))
+    windows.restart()
+    for group in _window_groups(windows, partition, columns, dtype):
+        blocks, _, count = group.spectra.shape
+        right = take("product", (blocks, sizes.bins, columns), dtype, x.device)
+        for own in range(blocks):
+            begin, end = partition.rows(group.first + own)
+            rows[:, sizes.piece + end - begin :] = 0.0
+            rows[:, sizes.piece : sizes.piece + end - begin] = x[begin:end].t()
+            right[own].copy_(torch.fft.rfft(rows).conj_physical().t())
+            square = torch.linalg.vector_norm(rows).double().square()
+            entered[:count] += group.squares[own].double() * square
+        # Conjugated here and in the end, as a correlation wants it.
+        total[:, :count] += torch.bmm(group.spectra.permute(1, 2, 0), right.transpose(0, 1))
+    return total.conj_physical_().transpose(0, 1), entered
+
+
+class _Group(NamedTuple):
+    """Windows of some blocks, as matrices of blocks and pieces for each frequency."""
+
+    first: int
+    """The first block."""
+    spectra: Tensor
+    """``(blocks, F, pieces)``, 0 for pieces that a block does not see."""
+    shifts: list[float]
+    """Of each block."""
+    squares: Tensor
+    """Sums of squares of the window of each piece ``(blocks, pieces)``."""
+
+
+def _window_groups(
+    windows: Windows, partition: Partition, width: int, dtype: torch.dtype
+) -> Iterator[_Group]:
+    """Yield all blocks in groups whose spectra, and those of ``width`` columns of x, stay small."""
+    sizes, device = partition.sizes, windows.device
+    entries = _GROUP_BYTES // (dtype.itemsize * sizes.bins)
+    of_levels = _Levels(partition, device) if partition.levels > 1 else None
+    first = 0
+    while first < partition.blocks:
+        visible = partition.pieces_before(partition.rows(first)[1])
+        blocks = max(1, min(partition.blocks - first, entries // width, entries // max(1, visible)))
+        count = partition.pieces_before(partition.rows(first + blocks - 1)[1])
+        segments = partition.segments_before(partition.rows(first + blocks - 1)[1])
+        spectra = take("window spectra", (blocks, sizes.bins, count), dtype, device)
+        together = max(1, 2 * _CHUNK_BYTES // (max(1, segments) * sizes.transform * dtype.itemsize))
+        shifts: list[float] = []
+        squares = []
+        for begin in range(0, blocks, together):
+            end = min(blocks, begin + together)
+            seen = partition.segments_before(partition.rows(first + end - 1)[1])
+            window, shift = windows.next(first + begin, end - begin, seen)
+            square = torch.linalg.vector_norm(window, dim=-1).square_()
+            spectrum = torch.fft.rfft(window)
+            if of_levels is not None:
+                for own in range(end - begin):
+                    begun = partition.segments_before(partition.rows(first + begin + own)[1])
+                    by_piece, common = of_levels.write(
+                        spectrum[:begun, own], shift, square[:begun, own], spectra[begin + own]
+                    )
+                    squares.append(by_piece[None])
+                    shifts.append(common)
+                continue
+            _turn(spectrum.transpose(0, 1), spectra[begin:end, :, :seen])
+            if seen < count:
+                spectra[begin:end, :, seen:] = 0.0
+                square = torch.nn.functional.pad(square, (0, 0, 0, count - seen))
+            squares.append(square.t())
+            shifts.extend([shift] * (end - begin))
+        yield _Group(first, spectra, shifts, squares[0] if len(squares) == 1 else torch.cat(squares))
+        first += blocks
+
+
+class _Levels:
+    """Segments of several pieces: later pieces take the windows of earlier blocks."""
+
+    def __init__(self, partition: Partition, device: torch.device) -> None:
+        self._segments = partition.segments
+        self._places = [
+            (torch.tensor(positions, device=device), torch.tensor(segments, device=device))
+            for positions, segments in zip(partition.positions, partition.segments, strict=True)
+        ]
+        # Of the last blocks: spectra (segments, F), shift and sums of squares.
+        self._recent: deque[tuple[Tensor, float, Tensor]] = deque(maxlen=partition.levels)
+
+    def write(
+        self, spectrum: Tensor, shift: float, square: Tensor, out: Tensor
+    ) -> tuple[Tensor, float]:
+        """Write the matrix ``(F, pieces)`` of the next block.
+
+        Returns:
+            sums of squares ``(pieces,)`` and the shift that all windows now have.
+        """
+        self._recent.appendleft((spectrum, shift, square))
+        common = max(shift for _, shift, _ in self._recent)
+        squares = square.new_zeros(out.shape[-1])
+        out.zero_()
+        for level, (spectrum, shift, square) in enumerate(self._recent):
+            within = bisect_left(self._segments[level], len(square))
+            if not within:
+                break
+            positions, segments = (place[:within] for place in self._places[level])
+            part = spectrum.index_select(0, segments)
+            factor = math.exp(shift - common)
+            if factor != 1.0:
+                part = part * factor
+            out.index_copy_(1, positions, part.t())
+            squares[positions] = square.index_select(0, segments) * factor**2
+        return squares, common
