@@ -26,8 +26,20 @@ from .partition import Partition
 from .windows import Windows
 from .workspace import take
 
+# Up to this many pieces, spectra are multiplied and added entry by entry as the transforms leave them;
+# with more, matrix products pay for turning the spectra.
+FEW_PIECES = 24
 # Bytes of the spectra of a group of blocks, which are multiplied at a time: near the processor still.
 _GROUP_BYTES = 12 << 20
+# The same where no matrix is multiplied: the more blocks, the fewer times the pieces are read.
+_FEW_GROUP_BYTES = 40 << 20
+# Bytes of the sums that are added to at a time, there.
+_SUM_BYTES = 6 << 20
+# Complex entries that a row of spectra is a multiple of, in memory: additions read whole vectors.
+_ALIGNED = 8
+# Bytes of the spectra of x that are worked with at a time.
+_SPECTRA_BYTES = 160 << 20
+_LINE_BYTES = 64
 # Bytes that are transformed at a time: what the processor's own cache holds.
 _CHUNK_BYTES = 512 << 10
 
@@ -63,9 +75,16 @@ def row_noise(energy: Tensor, transform: int, dtype: torch.dtype) -> Tensor:
 
 
 def column_step(partition: Partition, columns: int, itemsize: int, max_bytes: int) -> int:
-    """Return how many columns of x are transformed at a time to stay within max_bytes."""
+    """Return how many columns of x are transformed at a time, within half of max_bytes.
+
+    They are all columns, or as many as fill whole lines of the processor's caches, or what fits.
+    """
     per_column = 2 * itemsize * partition.sizes.bins * len(partition.pieces)
-    return max(1, min(columns, max_bytes // per_column))
+    most = max(1, min(max_bytes // 2, _SPECTRA_BYTES) // per_column)
+    if most >= columns:
+        return columns
+    line = _LINE_BYTES // itemsize
+    return most // line * line or most
 
 
 def partitioned_blocks(
@@ -78,21 +97,24 @@ def partitioned_blocks(
         partition: of the matrix; at least one segment.
         x: ``(n, c)``; converted to the dtype of weights where there are any.
         weights: ``(n,)``, one more column of x whose product comes first; None for none.
-        max_bytes: bound on the memory of the spectra of x; never below one column.
+        max_bytes: bound on the memory of spectra; never below one column.
 
     Yields:
         `Block`; all rows of the first columns, then of the next. Values hold until the next one.
     """
     sizes, columns = partition.sizes, x.shape[-1]
     dtype = x.dtype if weights is None else weights.dtype
-    step = column_step(partition, columns + 1, dtype.itemsize, max_bytes)
+    step = column_step(partition, max(1, columns), dtype.itemsize, max_bytes)
+    turned = len(partition.pieces) > FEW_PIECES
+    of_windows = _WindowSpectra(windows, partition, step, dtype.to_complex(), turned)
+    if step < columns:
+        of_windows.keep_within(max_bytes // 2)
     for low in range(0, max(1, columns), step):
         high = min(columns, low + step)
         count = high - low
         own = weights if low == 0 else None
-        spectra, squares = _piece_spectra(x[:, low:high], own, dtype, partition)
-        windows.restart()
-        for first, product, shifts, entered in _multiply(windows, partition, spectra, squares):
+        spectra, squares = _piece_spectra(x[:, low:high], own, dtype, partition, turned)
+        for first, product, shifts, entered in _multiply(of_windows, spectra, squares):
             begin = first * sizes.block
             end = min(partition.n, begin + len(product) * sizes.block)
             useful = product[..., sizes.piece : sizes.piece + min(sizes.block, end - begin)]
@@ -110,15 +132,18 @@ def partitioned_blocks(
 
 
 def _piece_spectra(
-    x: Tensor, weights: Tensor | None, dtype: torch.dtype, partition: Partition
+    x: Tensor, weights: Tensor | None, dtype: torch.dtype, partition: Partition, turned: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return the transforms of the pieces ``(p, F, c)`` and sums of squares ``(p, 2)``.
+    """Return the transforms of the pieces and sums of squares ``(p, 2)``.
 
     Weights, where there are any, are the last of the c columns; the squares are those of x and of them.
+    The transforms are ``(p, c, F)``, or turned ``(p, F, c)``.
     """
     sizes, count = partition.sizes, x.shape[-1]
     width, total = count + (weights is not None), len(partition.pieces)
-    spectra = take("piece spectra", (total, sizes.bins, width), dtype.to_complex(), x.device)
+    spectra = _spectra(
+        "piece spectra", (total, width), sizes.bins, dtype.to_complex(), x.device, turned
+    )
     squares = torch.zeros((total, 2), dtype=dtype, device=x.device)
     together = max(1, _CHUNK_BYTES // (width * sizes.transform * dtype.itemsize))
     chunk = take("pieces", (min(total, together), width, sizes.transform), dtype, x.device)
@@ -142,44 +167,99 @@ def _piece_spectra(
         last = first + len(pieces)
         torch.linalg.vector_norm(part[:, :count], dim=(1, 2), out=squares[first:last, 0])
         torch.linalg.vector_norm(part[:, count:], dim=(1, 2), out=squares[first:last, 1])
-        _turn(torch.fft.rfft(part), spectra[first:last])
+        by_piece = spectra[first:last]
+        _put(torch.fft.rfft(part), by_piece.mT if turned else by_piece, turned)
     return spectra, squares.square_()
 
 
-def _turn(spectra: Tensor, out: Tensor) -> None:
-    """Copy ``(b, c, F)`` to ``(b, F, c)``; one by one where the copy of a matrix is the faster one."""
-    if len(spectra) == 1:
-        out[0].copy_(spectra[0].t())
+def _spectra(
+    name: str,
+    shape: tuple[int, int],
+    bins: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    turned: bool,
+    fresh: bool = False,
+) -> Tensor:
+    """Return memory for spectra, ``(*shape, F)`` in rows that begin aligned, or turned.
+
+    It is that of the last call with this name, unless a fresh one is wanted.
+    """
+    first, second = shape
+    bins_held = bins if turned else -(-bins // _ALIGNED) * _ALIGNED
+    full = (first, bins, second) if turned else (first, second, bins_held)
+    if fresh:
+        return torch.empty(full, dtype=dtype, device=device)[..., : full[-1] if turned else bins]
+    return take(name, full, dtype, device)[..., : full[-1] if turned else bins]
+
+
+def _put(spectra: Tensor, out: Tensor, turned: bool) -> None:
+    """Copy ``(b, c, F)``; where out is turned in memory, matrix by matrix if that is faster."""
+    if turned and len(spectra) == 1:
+        out[0].t().copy_(spectra[0].t())
     else:
-        out.copy_(spectra.mT)
+        out.copy_(spectra)
 
 
 def _multiply(
-    windows: Windows, partition: Partition, spectra: Tensor, squares: Tensor
+    of_windows: _WindowSpectra, spectra: Tensor, squares: Tensor
 ) -> Iterator[tuple[int, Tensor, list[float], Tensor]]:
     """Yield a first block, the circular products of it and the next ones ``(blocks, c, N)``, their
     shifts, and what squares entered them ``(blocks, 2)``; a last block that is cut off comes alone."""
+    partition, turned = of_windows.partition, of_windows.turned
     sizes = partition.sizes
-    width = spectra.shape[-1]
+    width = spectra.shape[-1 if turned else 1]
     together = max(1, _CHUNK_BYTES // (width * sizes.transform * squares.element_size()))
     whole = partition.n // sizes.block
-    for group in _window_groups(windows, partition, width, spectra.dtype):
-        blocks, _, count = group.spectra.shape
-        product = take("product", (sizes.bins, blocks, width), spectra.dtype, spectra.device)
-        torch.bmm(group.spectra.transpose(0, 1), spectra[:count].transpose(0, 1), out=product)
+    for group in of_windows.groups():
+        blocks, count = group.squares.shape
+        multiply = _matrix_products if turned else _sums_of_products
+        product = multiply(group, spectra[:count], partition)
         entered = group.squares @ squares[:count]
         begin = 0
         while begin < blocks:
             end = min(blocks, begin + together)
             if begin < whole - group.first < end:
                 end = whole - group.first
-            if end - begin == 1:
-                turned = product[:, begin].t().contiguous()[None]
+            if not turned:
+                part = product[begin:end]
+            elif end - begin == 1:
+                part = product[:, begin].t().contiguous()[None]
             else:
-                turned = product[:, begin:end].permute(1, 2, 0).contiguous()
-            result = torch.fft.irfft(turned, n=sizes.transform)
+                part = product[:, begin:end].permute(1, 2, 0).contiguous()
+            result = torch.fft.irfft(part, n=sizes.transform)
             yield group.first + begin, result, group.shifts[begin:end], entered[begin:end]
             begin = end
+
+
+def _matrix_products(group: _Group, spectra: Tensor, partition: Partition) -> Tensor:
+    """Return the spectra of the product ``(F, blocks, c)``, a matrix product for each frequency."""
+    shape = (partition.sizes.bins, len(group.squares), spectra.shape[-1])
+    product = take("product", shape, spectra.dtype, spectra.device)
+    torch.bmm(group.spectra.transpose(0, 1), spectra.transpose(0, 1), out=product)
+    return product
+
+
+def _sums_of_products(group: _Group, spectra: Tensor, partition: Partition) -> Tensor:
+    """Return the spectra of the product ``(blocks, c, F)``, added up piece by piece."""
+    pieces, width, bins = spectra.shape
+    blocks = len(group.squares)
+    product = _spectra("product", (blocks, width), bins, spectra.dtype, spectra.device, False)
+    step = max(1, _SUM_BYTES // (blocks * bins * spectra.element_size()))
+    if not pieces:
+        return product.zero_()
+    for low in range(0, width, step):
+        part = slice(low, low + step)
+        for index in range(pieces):
+            # The first block of the group that sees the piece.
+            seen = max(0, partition.pieces[index].low // partition.sizes.block - group.first)
+            factor, values = group.spectra[seen:, index, None], spectra[index, part]
+            if index == 0:
+                product[:seen, part] = 0.0
+                torch.mul(factor, values, out=product[seen:, part])
+            else:
+                product[seen:, part].addcmul_(factor, values)
+    return product
 
 
 def partitioned_transposed(
@@ -222,9 +302,8 @@ def _transposed_spectra(windows: Windows, partition: Partition, x: Tensor) -> tu
     total = torch.zeros((sizes.bins, len(partition.pieces), columns), dtype=dtype, device=x.device)
     entered = torch.zeros(len(partition.pieces), dtype=torch.float64, device=x.device)
     rows = x.new_zeros((columns, sizes.transform))
-    windows.restart()
-    for group in _window_groups(windows, partition, columns, dtype):
-        blocks, _, count = group.spectra.shape
+    for group in _WindowSpectra(windows, partition, columns, dtype, True).groups():
+        blocks, count = group.squares.shape
         right = take("product", (blocks, sizes.bins, columns), dtype, x.device)
         for own in range(blocks):
             begin, end = partition.rows(group.first + own)
@@ -244,53 +323,104 @@ class _Group(NamedTuple):
     first: int
     """The first block."""
     spectra: Tensor
-    """``(blocks, F, pieces)``, 0 for pieces that a block does not see."""
+    """``(blocks, pieces, F)``, or turned; 0 for pieces that a block does not see."""
     shifts: list[float]
     """Of each block."""
     squares: Tensor
     """Sums of squares of the window of each piece ``(blocks, pieces)``."""
 
 
-def _window_groups(
-    windows: Windows, partition: Partition, width: int, dtype: torch.dtype
-) -> Iterator[_Group]:
-    """Yield all blocks in groups whose spectra, and those of ``width`` columns of x, stay small."""
-    sizes, device = partition.sizes, windows.device
-    entries = _GROUP_BYTES // (dtype.itemsize * sizes.bins)
-    of_levels = _Levels(partition, device) if partition.levels > 1 else None
-    first = 0
-    while first < partition.blocks:
-        visible = partition.pieces_before(partition.rows(first)[1])
-        blocks = max(1, min(partition.blocks - first, entries // width, entries // max(1, visible)))
-        count = partition.pieces_before(partition.rows(first + blocks - 1)[1])
-        segments = partition.segments_before(partition.rows(first + blocks - 1)[1])
-        spectra = take("window spectra", (blocks, sizes.bins, count), dtype, device)
-        together = max(1, 2 * _CHUNK_BYTES // (max(1, segments) * sizes.transform * dtype.itemsize))
+class _WindowSpectra:
+    """Transforms of all windows, in groups of blocks whose spectra, and those of x, stay small."""
+
+    def __init__(
+        self, windows: Windows, partition: Partition, width: int, dtype: torch.dtype, turned: bool
+    ) -> None:
+        """Keep what groups are made from.
+
+        Args:
+            windows: of the matrix.
+            partition: of the matrix.
+            width: columns of x that are worked with at a time.
+            dtype: of the spectra.
+            turned: see `_Group`.
+        """
+        self.partition, self.turned = partition, turned
+        self._windows, self._width, self._dtype = windows, width, dtype
+        self._kept: list[_Group] | None = None
+        self._keep = False
+
+    def keep_within(self, max_bytes: int) -> None:
+        """Keep the spectra for the next time if they fit."""
+        partition = self.partition
+        bins = sum(
+            partition.pieces_before(partition.rows(block)[1]) for block in range(partition.blocks)
+        )
+        self._keep = bins * partition.sizes.bins * self._dtype.itemsize <= max_bytes
+
+    def groups(self) -> Iterator[_Group]:
+        """Yield all groups; each holds until the next one, or all of them where they are kept."""
+        if self._kept is not None:
+            yield from self._kept
+            return
+        kept: list[_Group] = []
+        self._windows.restart()
+        levels = _Levels(self.partition, self._windows.device)
+        first = 0
+        while first < self.partition.blocks:
+            group = self._group(first, levels)
+            yield group
+            if self._keep:
+                kept.append(group)
+            first += len(group.squares)
+        self._kept = kept if self._keep else None
+
+    def _group(self, first: int, levels: _Levels) -> _Group:
+        """Return the group that begins with a block."""
+        partition, sizes, dtype = self.partition, self.partition.sizes, self._dtype
+        most = _GROUP_BYTES if self.turned else _FEW_GROUP_BYTES
+        entries = most // (dtype.itemsize * sizes.bins)
+        visible = max(1, partition.pieces_before(partition.rows(first)[1]))
+        blocks = min(partition.blocks - first, entries // max(self._width, visible))
+        blocks = max(1, blocks)
+        end = partition.rows(first + blocks - 1)[1]
+        count, segments = partition.pieces_before(end), max(1, partition.segments_before(end))
+        # Spectra that are kept have memory of their own.
+        spectra = _spectra(
+            "window spectra",
+            (blocks, count),
+            sizes.bins,
+            dtype,
+            self._windows.device,
+            self.turned,
+            fresh=self._keep,
+        )
+        by_piece = spectra.mT if self.turned else spectra
+        together = max(1, 2 * _CHUNK_BYTES // (segments * sizes.transform * dtype.itemsize))
         shifts: list[float] = []
         squares = []
         for begin in range(0, blocks, together):
             end = min(blocks, begin + together)
             seen = partition.segments_before(partition.rows(first + end - 1)[1])
-            window, shift = windows.next(first + begin, end - begin, seen)
+            window, shift = self._windows.next(first + begin, end - begin, seen)
             square = torch.linalg.vector_norm(window, dim=-1).square_()
             spectrum = torch.fft.rfft(window)
-            if of_levels is not None:
+            if partition.levels > 1:
                 for own in range(end - begin):
                     begun = partition.segments_before(partition.rows(first + begin + own)[1])
-                    by_piece, common = of_levels.write(
-                        spectrum[:begun, own], shift, square[:begun, own], spectra[begin + own]
+                    sums, common = levels.write(
+                        spectrum[:begun, own], shift, square[:begun, own], by_piece[begin + own]
                     )
-                    squares.append(by_piece[None])
+                    squares.append(sums[None])
                     shifts.append(common)
                 continue
-            _turn(spectrum.transpose(0, 1), spectra[begin:end, :, :seen])
+            _put(spectrum.transpose(0, 1), by_piece[begin:end, :seen], self.turned)
             if seen < count:
-                spectra[begin:end, :, seen:] = 0.0
+                by_piece[begin:end, seen:] = 0.0
                 square = torch.nn.functional.pad(square, (0, 0, 0, count - seen))
             squares.append(square.t())
             shifts.extend([shift] * (end - begin))
-        yield _Group(first, spectra, shifts, squares[0] if len(squares) == 1 else torch.cat(squares))
-        first += blocks
+        return _Group(first, spectra, shifts, squares[0] if len(squares) == 1 else torch.cat(squares))
 
 
 class _Levels:
@@ -308,14 +438,14 @@ class _Levels:
     def write(
         self, spectrum: Tensor, shift: float, square: Tensor, out: Tensor
     ) -> tuple[Tensor, float]:
-        """Write the matrix ``(F, pieces)`` of the next block.
+        """Write the spectra by piece ``(pieces, F)`` of the next block.
 
         Returns:
             sums of squares ``(pieces,)`` and the shift that all windows now have.
         """
         self._recent.appendleft((spectrum, shift, square))
         common = max(shift for _, shift, _ in self._recent)
-        squares = square.new_zeros(out.shape[-1])
+        squares = square.new_zeros(len(out))
         out.zero_()
         for level, (spectrum, shift, square) in enumerate(self._recent):
             within = bisect_left(self._segments[level], len(square))
@@ -326,6 +456,6 @@ class _Levels:
             factor = math.exp(shift - common)
             if factor != 1.0:
                 part = part * factor
-            out.index_copy_(1, positions, part.t())
+            out[positions] = part
             squares[positions] = square.index_select(0, segments) * factor**2
         return squares, common

@@ -13,7 +13,7 @@ import threading
 import torch
 from torch import Tensor
 
-_LARGEST_KEPT = 64 << 20  # bytes of one buffer; larger ones are not kept
+_LARGEST_KEPT = 160 << 20  # bytes of one buffer; larger ones are not kept
 
 _thread = threading.local()
 
