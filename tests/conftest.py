@@ -26,7 +26,13 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", poison(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
-    for module in ("convolve.workspace", "convolve.windows", "convolve.partitioned", "attention.heads"):
+    for module in (
+        "convolve.workspace",
+        "convolve.windows",
+        "convolve.partitioned",
+        "convolve.direct",
+        "attention.heads",
+    ):
         monkeypatch.setattr(f"convbasis.{module}.take", poison(workspace.take))
 
 

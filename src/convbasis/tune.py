@@ -26,7 +26,7 @@ from .convolve.choice import (
 from .convolve.rates import Rates, rates, rates_file, write_rates
 
 _HEAD_DIM = 64
-LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 131072)
 """Sequence lengths that are measured by default, in tokens."""
 
 _BASES = (1, 4, 16, 64, 256)

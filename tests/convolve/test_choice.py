@@ -52,10 +52,10 @@ class TestChoose:
 
     def test_rates_decide(self, monkeypatch):
         given = work(4096, 16)
-        slow = Rates(*(0.0,) * 7, 1e6, 0.0)  # laying out is all that costs
+        slow = Rates(*(0.0,) * 7, 1e6, 0.0, 0.0)  # laying out is all that costs
         monkeypatch.setattr("convbasis.convolve.choice.rates", lambda *_: slow)
         assert choose("auto", given).backend != "direct"
-        free = Rates(*(1.0,) * 7, 0.0, 1.0)._replace(flops=0.0)
+        free = Rates(*(1.0,) * 7, 0.0, 1.0, 1.0)._replace(flops=0.0)
         monkeypatch.setattr("convbasis.convolve.choice.rates", lambda *_: free)
         assert choose("auto", given).backend == "direct"
 
@@ -91,7 +91,7 @@ class TestRates:
         monkeypatch.setenv("CONVBASIS_RATES", str(path))
         rates.cache_clear()
         before = rates("cpu", 1)
-        one, two = Rates(*range(9)), Rates(*range(1, 10))
+        one, two = Rates(*range(10)), Rates(*range(1, 11))
         write_rates(rates_file(), {"cpu-1": one})
         write_rates(rates_file(), {"cpu-2": two})
         assert rates("cpu", 1) == one != before
@@ -110,8 +110,8 @@ class TestRates:
         "content",
         ["", "{", "[]", '{"format": "x", "rates": {}}', '{"format": "convbasis-rates"}',
          '{"format": "convbasis-rates", "rates": {"cpu-1": [1]}}',
-         '{"format": "convbasis-rates", "rates": {"cpu-1": [1, 2, 3, 4, 5, 6, 7, 8, NaN]}}',
-         '{"format": "convbasis-rates", "rates": {"cpu-1": [1, 2, 3, 4, 5, 6, 7, 8, -1]}}'],
+         '{"format": "convbasis-rates", "rates": {"cpu-1": [1, 2, 3, 4, 5, 6, 7, 8, 9, NaN]}}',
+         '{"format": "convbasis-rates", "rates": {"cpu-1": [1, 2, 3, 4, 5, 6, 7, 8, 9, -1]}}'],
     )  # fmt: skip
     def test_a_damaged_file_counts_as_none(self, tmp_path, content):
         path = tmp_path / "rates.json"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..convolve import Partition, Sizes, evaluate_safely, fft_product, lost_rows, reached_rows
 from ..convolve.choice import Choice, Work, choose
-from ..convolve.direct import direct_attention
+from ..convolve.direct import direct_product
 from ..convolve.reference import softmax_rows
 from ..convolve.segments import segment_stops
 from ..convolve.sums import row_sums
@@ -107,8 +107,7 @@ def conv_basis_fwd(inputs: Inputs, choice: Choice, *, result: torch.dtype, max_b
         assert choice.sizes is not None
         (output, lse), rescue = _by_heads(inputs, result, choice.sizes, max_bytes)
     elif choice.backend == "direct":
-        clean = inputs.cleaned()
-        output, lse = direct_attention(clean.logits(), clean.starts, clean.value, clean.real)
+        (output, lse), rescue = _by_matrices(inputs)
     elif choice.backend == "reference":
         everything = torch.arange(problems * sets, device=inputs.query.device)
         rows = torch.arange(n, device=inputs.query.device).expand(problems * sets, n)
@@ -228,6 +227,43 @@ def _one_head(
     if real is not None:
         lost &= _visible_rows(real[None])[0]
     return output, lse.to(inputs.work), lost
+
+
+def _by_matrices(inputs: Inputs) -> tuple[tuple[Tensor, ...], tuple[int, int, int]]:
+    """Evaluate with the matrices laid out; only what leaves the range of numbers can be lost."""
+    n = inputs.query.shape[2]
+
+    def transform(chosen: Tensor | None, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], Tensor]:
+        wide = inputs._replace(work=dtype)
+        if chosen is None:
+            return _laid_out(wide.cleaned(), inputs.work)
+        parts = [_laid_out(wide.of(head, n).cleaned(), inputs.work) for head in chosen.tolist()]
+        outputs = torch.cat([results[0] for results, _ in parts])
+        sums = torch.cat([results[1] for results, _ in parts])
+        return (outputs, sums), torch.cat([lost for _, lost in parts])
+
+    return evaluate_safely(transform, lambda heads, rows: _exact_rows(inputs, heads, rows), inputs.work)
+
+
+def _laid_out(clean: Inputs, result: torch.dtype) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Return output and lse of all heads, and which rows are lost."""
+    problems, sets, n, _ = clean.query.shape
+    logits = clean.logits().flatten(0, 1)
+    peak = logits.amax((-1, -2), keepdim=True)
+    peak.masked_fill_(peak == -torch.inf, 0.0)
+    ones = clean.value.new_ones((problems, n)) if clean.real is None else clean.real.to(clean.work)
+    columns = torch.cat([clean.value, ones[..., None]], dim=-1)
+    columns = columns[:, None].expand(-1, sets, -1, -1).flatten(0, 1)
+    product = direct_product(logits.sub_(peak).exp_(), clean.starts.flatten(0, 1), columns, False)
+    total = product[..., -1]
+    least = torch.finfo(clean.work).tiny / torch.finfo(clean.work).eps
+    lost = total < least
+    if clean.real is not None:
+        lost &= _visible_rows(clean.real).repeat_interleave(sets, dim=0)
+        total = torch.where(total > 0, total, 1.0)
+    output = product[..., :-1] / total[..., None]
+    lse = total.log() + peak[..., 0]
+    return (output.to(result), lse.to(result)), lost
 
 
 def _by_logits(clean: Inputs, max_bytes: int) -> tuple[tuple[Tensor, ...], tuple[int, int, int]]:

@@ -86,7 +86,7 @@ def tune(
         int | None, typer.Option(min=1, help="Threads to measure with; all by default.")
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each configuration.")] = 3,
-    longest: Annotated[int, typer.Option(min=256, help="Longest sequence, in tokens.")] = 32768,
+    longest: Annotated[int, typer.Option(min=256, help="Longest sequence, in tokens.")] = 131072,
 ) -> None:
     """Measure this machine, and fit the model by which backend="auto" chooses to it."""
     from .tune import run_tune

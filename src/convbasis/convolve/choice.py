@@ -2,7 +2,7 @@
 
 The time of a backend is modelled as a sum of amounts of work times seconds per unit: entries times
 logarithm that are transformed, complex entries that are turned, floating-point operations of matrix
-products, entries that are passed over, matrices multiplied, chunks of work, and calls. The amounts
+products, entries that are passed over, sums, matrices multiplied, chunks of work, and calls. They
 follow from the shapes alone; the seconds per unit are constants of a machine, built in or fitted by
 ``convbasis tune``. The same shapes always get the same choice.
 """
@@ -17,15 +17,20 @@ import torch
 from ..dispatch import check_backend
 from .lengths import fast_length
 from .partition import Sizes
+from .partitioned import FEW_PIECES
 from .rates import Rates, rates
 
 DEFAULT_MAX_BYTES = 512 << 20
 """Working memory of the transforms, in bytes, where the caller names none."""
 
 _LARGEST_TRANSFORM = 1 << 18
+# The part of a first block's rows that drown beside its last ones, where values are of a size; they are
+# evaluated one by one, in float64, at the cost of so many entries laid out.
+_LOST = 0.036
+_LOST_COST = 7.0
 _CHUNK = 1 << 17  # entries that are transformed at a time
 _GROUP = 1.5e6  # complex entries that are multiplied at a time
-_DIRECT_BLOCK = 1 << 16  # entries that direct evaluation lays out at a time
+_DIRECT_BLOCK = 1 << 18  # entries that direct evaluation lays out at a time
 _CACHED = 1 << 20  # entries that the processor's caches hold
 
 
@@ -92,14 +97,17 @@ def choose(backend: str, work: Work) -> Choice:
 
 def candidates(work: Work) -> list[Sizes]:
     """Return the partitions that are worth a look; at least one."""
-    found = []
+    found: list[Sizes] = []
     length = 32
     while True:
         for transform in (length, length // 2 * 3):
             piece = min(work.longest, transform // 2)
-            # Segments of several pieces want blocks as long as pieces.
-            if piece == work.longest or transform == length:
-                found.append(Sizes(max(1, piece), transform))
+            sizes = Sizes(max(1, piece), transform)
+            # Segments of several pieces want blocks as long as pieces. A block that is much of the
+            # sequence would lose too large a part of its rows.
+            fits = piece == work.longest or transform == length
+            if fits and (not found or 4 * sizes.block <= work.n):
+                found.append(sizes)
         if length >= min(_LARGEST_TRANSFORM, 4 * work.n):
             return found
         length *= 2
@@ -123,7 +131,9 @@ class Amounts(NamedTuple):
     calls: float
     """1, and 1 for each head."""
     laid: float
-    """Entries of matrices laid out and exponentiated."""
+    """Entries of matrices laid out."""
+    summed: float
+    """Complex entries multiplied and added one by one."""
     streamed: float
     """Entries read and written once that are too many for the caches."""
 
@@ -154,15 +164,20 @@ def partitioned_amounts(work: Work, sizes: Sizes) -> Amounts:
         for size, width in ((2 * _CHUNK, visible), (_CHUNK, c))
     )
     gathered = 0.0 if levels == 1 else blocks * visible
+    few = pieces <= FEW_PIECES
+    multiplied = sizes.bins * blocks * c * pieces
+    if few:
+        share = 0.5 * (1 + 1 / blocks)
     return Amounts(
         (rows + windows) * length * math.log2(length),
-        sizes.bins * (rows + windows + 2 * gathered),
-        8.0 * sizes.bins * blocks * c * pieces * share + n * d * (k + 1),
-        (rows + 2 * windows) * length + 3 * n * c,
-        sizes.bins * blocks / group,
+        sizes.bins * (gathered if few else rows + windows + 2 * gathered),
+        (0.0 if few else 8.0 * multiplied * share) + n * d * (k + 1),
+        (2 * rows + 2 * windows) * length + 3 * n * c,
+        0.0 if few else sizes.bins * blocks / group,
         chunks + (blocks if levels > 1 else 0),
         1.0,
-        0.0,
+        _LOST_COST * (_LOST * sizes.block) ** 2 / 2 if d else 0.0,
+        multiplied * share if few else 0.0,
         0.0,
     ).of_heads(work.heads)
 
@@ -183,6 +198,7 @@ def direct_amounts(work: Work) -> Amounts:
         0.5,
         entries,
         0.0,
+        0.0,
     )
     return one.of_heads(work.heads)
 
@@ -198,8 +214,9 @@ def fft_amounts(work: Work) -> Amounts:
         2.0 * n * work.d * k,
         6.0 * k * n * math.log2(n + 1) if work.d else 0.0,  # the normaliser
         0.0,
-        10.0 + 4.0 * k,
+        40.0 + 4.0 * k,
         1.0,
+        0.0,
         0.0,
         3.0 * rows * length * min(1.0, c * length / _CACHED),
     ).of_heads(work.heads)

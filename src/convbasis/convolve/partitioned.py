@@ -408,9 +408,14 @@ class _WindowSpectra:
             if partition.levels > 1:
                 for own in range(end - begin):
                     begun = partition.segments_before(partition.rows(first + begin + own)[1])
+                    place = by_piece[begin + own]
+                    if self.turned:
+                        place = take("levels", (count, sizes.bins), dtype, place.device)
                     sums, common = levels.write(
-                        spectrum[:begun, own], shift, square[:begun, own], by_piece[begin + own]
+                        spectrum[:begun, own], shift, square[:begun, own], place
                     )
+                    if self.turned:
+                        spectra[begin + own].copy_(place.t())
                     squares.append(sums[None])
                     shifts.append(common)
                 continue

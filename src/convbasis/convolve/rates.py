@@ -23,14 +23,15 @@ class Rates(NamedTuple):
     chunks: float
     calls: float
     laid: float
+    summed: float
     streamed: float
 
 
 # Fitted on a two-core x86 server without AVX-512, one thread; on accelerators a launch costs as much as
 # much work, which is what decides.
 _BUILT_IN = {
-    "cpu": Rates(0.0, 5.5e-09, 1.7e-11, 2.6e-09, 8.0e-07, 4.0e-05, 1.8e-03, 3.7e-09, 3.9e-09),
-    "other": Rates(2e-12, 2e-11, 1e-13, 4e-12, 2e-9, 2e-4, 2e-3, 2e-11, 4e-12),
+    "cpu": Rates(2.9e-19, 1.3e-09, 2.5e-11, 1.6e-09, 1.6e-05, 5.0e-05, 2.2e-03, 0.0, 1.2e-09, 3.7e-09),
+    "other": Rates(2e-12, 2e-11, 1e-13, 4e-12, 2e-9, 2e-4, 2e-3, 2e-11, 1e-12, 4e-12),
 }
 
 
