@@ -24,7 +24,12 @@ format: $(VENV)/.installed
 bench: $(VENV)/.installed ## every benchmark; long
 	$(BIN)/python benchmarks/rounding.py
 	$(BIN)/python benchmarks/memory.py
-	$(BIN)/python benchmarks/attention.py
+	$(BIN)/python benchmarks/engine.py grid --threads 1
+	$(BIN)/python benchmarks/engine.py choice --threads 1
+	$(BIN)/python benchmarks/engine.py limits --threads 1
+	$(BIN)/python benchmarks/engine.py products
+	$(BIN)/python benchmarks/engine.py plot --threads 1
+	$(BIN)/python benchmarks/engine.py million
 	$(BIN)/python benchmarks/paper.py --threads 1
 
 # torch first and by itself, so that no other package's range chooses its build. The model package comes

@@ -3,6 +3,7 @@
     python benchmarks/engine.py grid [--threads 1] [--lengths ...] [--num-bases ...] [--head-dims ...]
     python benchmarks/engine.py million [--threads 2]     the paper's case: n = 1,000,000, d = 3,072
     python benchmarks/engine.py choice [--threads 1]      what "auto" chooses against the alternatives
+    python benchmarks/engine.py limits [--threads 1]      where the time goes, and what bounds it
     python benchmarks/engine.py products                  a Toeplitz product against scipy's
     python benchmarks/engine.py plot                      the picture, from the results of grid
 
@@ -345,6 +346,95 @@ def products(options: argparse.Namespace) -> dict[str, Any]:
     return {"rows": rows}
 
 
+# What an operator of a profile is counted as.
+STAGES = {
+    "transforms": ("fft",),
+    "matrix products": ("bmm", "mm"),
+    "sums of products": ("addcmul", "aten::mul"),
+    "copies": ("copy_", "clone", "zero_", "fill_"),
+    "exponentials": ("exp",),
+    "norms and checks": ("norm", "aminmax", "amax"),
+}
+
+
+@torch.no_grad()
+def limits(options: argparse.Namespace) -> dict[str, Any]:
+    """Rates of the machine, the least time that they allow, ours, and where ours goes."""
+    from torch.profiler import ProfilerActivity, profile
+
+    from convbasis.attention.call import folded
+    from convbasis.attention.forward import choose_for
+    from convbasis.convolve.choice import FEW_PIECES, Work, partitioned_amounts
+
+    real, complex_ = torch.randn(1024, 1024), torch.randn(1024, 1024, dtype=torch.complex64)
+    rows = torch.randn(64, 2048)
+    large, target = torch.randn(1 << 24), torch.empty(1 << 24)
+    times = interleaved_medians(
+        {
+            "sgemm": lambda: real @ real,
+            "cgemm": lambda: complex_ @ complex_,
+            "rfft": lambda: [torch.fft.rfft(rows) for _ in range(20)],
+            "copy": lambda: target.copy_(large),
+        },
+        options.repeats,
+    )
+    rates = {
+        "real matrix products, GFLOP/s": 2 * 1024**3 / times["sgemm"] / 1e9,
+        "complex matrix products, GFLOP/s": 8 * 1024**3 / times["cgemm"] / 1e9,
+        "transforms of 2,048, GFLOP/s": 20 * 2.5 * 64 * 2048 * 11 / times["rfft"] / 1e9,
+        "copies of 64 MB, GB/s read and written": 2 * 4 * (1 << 24) / times["copy"] / 1e9,
+    }
+    for name, rate in rates.items():
+        print(f"{name}: {rate:.1f}")
+    found = []
+    print("| n | k | ours / limit | ours | limit | arithmetic | traffic | where the time goes |")
+    print("|---|---|---|---|---|---|---|---|")
+    for n, k in ((65_536, 16), (65_536, 64), (65_536, 256), (1_048_576, 16)):
+        query, key, value = inputs(n, 64, "cpu")
+        length = length_of(n, k)
+        run = partial(attend, query, key, value, length)
+        ours = interleaved_medians({"ours": run}, options.repeats)["ours"]
+        starts = torch.arange(0, n, length)[None, None]
+        given = folded(query, key, value, None, 0.125)._replace(starts=starts)
+        sizes = choose_for(given, "partitioned").sizes
+        amounts = partitioned_amounts(Work(n, k, 65, 64, length, 1, torch.float32), sizes)
+        summed = 8 * amounts.summed  # by matrix products, if their operands lay right
+        arithmetic = (
+            2.5 * amounts.transformed / rates["transforms of 2,048, GFLOP/s"]
+            + amounts.flops / rates["real matrix products, GFLOP/s"]
+            + summed / rates["complex matrix products, GFLOP/s"]
+        ) / 1e9
+        # Query, key and value read, the result written, spectra of values and result written and read.
+        moved = 4 * 4 * n * 64 + 2 * 2 * 8 * sizes.bins * 65 * (n / sizes.piece + n / sizes.block)
+        traffic = moved / rates["copies of 64 MB, GB/s read and written"] / 1e9
+        least = max(arithmetic, traffic)
+        with profile(activities=[ProfilerActivity.CPU]) as record:
+            run()
+        shares = dict.fromkeys((*STAGES, "others"), 0.0)
+        for event in record.key_averages():
+            names = [s for s, keys in STAGES.items() if any(word in event.key for word in keys)]
+            shares[names[0] if names else "others"] += event.self_cpu_time_total
+        whole = sum(shares.values())
+        shares = {name: share / whole for name, share in shares.items()}
+        found.append(
+            {
+                "n": n,
+                "k": k,
+                "seconds": ours,
+                "arithmetic": arithmetic,
+                "traffic": traffic,
+                "shares": shares,
+            }
+        )
+        told = ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if share >= 0.01)
+        print(
+            f"| {n:,} | {k} | {ours / least:.1f} | {ours * 1e3:.4g} ms | {least * 1e3:.3g} ms | "
+            f"{arithmetic * 1e3:.3g} ms | {traffic * 1e3:.3g} ms | {told} |",
+            flush=True,
+        )
+    return {"rates": rates, "rows": found, "few_pieces": FEW_PIECES}
+
+
 def plot(options: argparse.Namespace) -> None:
     """Time against n, from the results of grid."""
     from convbasis.report.figures import Series, times_figure
@@ -358,7 +448,7 @@ def plot(options: argparse.Namespace) -> None:
     exact = {row["n"]: row["seconds"]["sdpa"] for row in rows if "sdpa" in row["seconds"]}
     first = min((row["n"] for row in rows if row["sdpa_extrapolated"]), default=None)
     series.append(Series("SDPA", sorted(exact.items()), extrapolated_from=first))
-    target = ROOT / "docs/images/engine.png"
+    target = ROOT / "docs/figures/engine.png"
     title = f"One head, d = 64, {found['threads']} thread(s), {found['machine']}"
     times_figure(series, title, target)
     print(f"written to {target}")
@@ -366,7 +456,7 @@ def plot(options: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=["grid", "million", "choice", "products", "plot"])
+    parser.add_argument("part", choices=["grid", "million", "choice", "limits", "products", "plot"])
     lengths = [1024, 4096, 16_384, 65_536, 262_144, 1_048_576]
     parser.add_argument("--lengths", type=int, nargs="+", default=lengths)
     parser.add_argument("--num-bases", type=int, nargs="+", default=[1, 4, 16, 64, 256])
@@ -390,7 +480,7 @@ def main() -> None:
     name = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor()
     machine = f"{name or platform.machine()}, {os.cpu_count()} cores"
     print(f"torch {torch.__version__}, {options.threads} threads, {machine}", flush=True)
-    parts = {"grid": grid, "million": million, "choice": choice, "products": products}
+    parts = {"grid": grid, "million": million, "choice": choice, "limits": limits, "products": products}
     found = parts[options.part](options)
     content = {
         "torch": torch.__version__,

@@ -248,8 +248,9 @@ class ConvBasis:
         Args:
             x: ``(n,)``, ``(n, c)`` or ``(..., n, c)`` with batch dimensions that broadcast with the
                 basis's; same dtype and device.
-            backend: ``"fft"``, ``"reference"`` (direct, O(n^2 c)) or ``"auto"``.
-            max_bytes: bound on the working memory of the transforms, in bytes; 256 MiB by default.
+            backend: ``"partitioned"``, ``"direct"``, ``"fft"``, ``"reference"`` or ``"auto"``; as in
+                `conv_basis_attention`.
+            max_bytes: bound on the working memory of the transforms, in bytes; 512 MiB by default.
 
         Returns:
             ``(n,)``, ``(n, c)`` or ``(..., n, c)``, in the dtype of x.
@@ -258,8 +259,8 @@ class ConvBasis:
             InputError: shapes, dtypes or devices that do not fit; NaN or Inf in x.
 
         Complexity:
-            O(k n c log n) time. Rows that would drown in the rounding of the transform are found and
-            evaluated directly.
+            O(n c log(n/k) + k n (c + log(n/k))) time for segments alike in length. Rows that would
+            drown in the rounding of the transforms are found and evaluated directly.
 
         Source:
             F4.

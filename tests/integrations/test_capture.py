@@ -218,3 +218,14 @@ class TestRealHeads:
         ours = cb.conv_basis_attention(*(x[:, :3, :200] for x in layer[:3]), num_bases=16)
         error = (ours - exact).norm() / exact.norm()
         assert error > 0.3
+
+
+@pytest.mark.parametrize("backend", ["partitioned", "direct", "auto"])
+@pytest.mark.parametrize("options", [{"segment_length": 16}, {"num_bases": 12}], ids=str)
+def test_real_heads_equal_their_evaluation_in_float64(layer, options, backend):
+    heads = (layer.query, layer.key, layer.value)
+    stats = cb.conv_basis_attention_stats(*heads, enable_gqa=True, backend=backend, **options)
+    exact, lse = reference.conv_basis_attention(*heads, stats.basis.starts)
+    difference = torch.linalg.vector_norm(stats.output.double() - exact, dim=-1)
+    assert (difference / torch.linalg.vector_norm(exact, dim=-1)).max() <= 1e-4
+    assert (stats.lse.double() - lse).abs().max() <= 1e-4

@@ -82,14 +82,17 @@ def conv_basis_attention(
             normaliser; a segment that begins in padding takes its first real key. Entries of query,
             key and value at padding are never used: rows before the first and after the last real
             token are 0; where padding stands between real tokens, its queries count as 0.
-        backend: ``"fft"``; ``"reference"``, direct evaluation in O(n^2) time; or ``"auto"``. It
-            changes how, never what is computed.
-        max_bytes: bound on the working memory of the transforms, in bytes; 256 MiB by default.
+        backend: ``"partitioned"``, transforms of blocks; ``"direct"``, the matrix laid out some rows
+            at a time, O(n^2); ``"fft"``, one transform of full length per basis; ``"reference"``,
+            each row summed for itself in float64, O(n^2); or ``"auto"``, the least modelled time for
+            these shapes. It changes how, never what is computed.
+        max_bytes: bound on the working memory of the transforms, in bytes; 512 MiB by default.
 
     Returns:
         ``(B, H, n, d_v)``, dtype and device of the query; 0 for rows that see no key. Half types are
-        computed in float32. Differentiable with respect to query, key and value, with the starts as
-        constants.
+        computed in float32; under autocast the result has autocast's dtype. Differentiable with
+        respect to query, key and value, with the starts as constants. `torch.compile` sees one
+        opaque operator.
 
     Raises:
         InputError: (a ValueError) shapes, heads, dtypes, devices or options that do not fit; NaN or
@@ -110,8 +113,9 @@ def conv_basis_attention(
         `last_dispatch` counts all of them.
 
     Complexity:
-        O(k n d_v log n + k n d) time and O(n (d + d_v) + k n) memory for each head; direct heads take
-        O(n^2) time. Recording gradients keeps the k transforms, and all entries of direct heads.
+        O(n d_v log(n/k) + k n (d + d_v + log(n/k))) time and O(n (d + d_v)) memory for each head,
+        within max_bytes beside inputs and result, for segments alike in length; direct heads take
+        O(n^2) time. The backward pass takes O(k n (d + d_v log n)) time and O(k n) memory.
 
     Source:
         F2 to F5 of docs/mathematics.md; Conv-Basis (arXiv 2405.05219), Algorithm 1.

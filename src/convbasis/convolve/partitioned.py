@@ -37,6 +37,8 @@ _FEW_GROUP_BYTES = 40 << 20
 _SUM_BYTES = 6 << 20
 # Complex entries that a row of spectra is a multiple of, in memory: additions read whole vectors.
 _ALIGNED = 8
+# From this many frequencies on, a copy of one block's spectra is turned in two steps.
+_FAR_APART = 1000
 # Bytes of the spectra of x that are worked with at a time.
 _SPECTRA_BYTES = 160 << 20
 _LINE_BYTES = 64
@@ -168,7 +170,7 @@ def _piece_spectra(
         torch.linalg.vector_norm(part[:, :count], dim=(1, 2), out=squares[first:last, 0])
         torch.linalg.vector_norm(part[:, count:], dim=(1, 2), out=squares[first:last, 1])
         by_piece = spectra[first:last]
-        _put(torch.fft.rfft(part), by_piece.mT if turned else by_piece, turned)
+        (by_piece.mT if turned else by_piece).copy_(torch.fft.rfft(part))
     return spectra, squares.square_()
 
 
@@ -186,19 +188,10 @@ def _spectra(
     It is that of the last call with this name, unless a fresh one is wanted.
     """
     first, second = shape
-    bins_held = bins if turned else -(-bins // _ALIGNED) * _ALIGNED
-    full = (first, bins, second) if turned else (first, second, bins_held)
-    if fresh:
-        return torch.empty(full, dtype=dtype, device=device)[..., : full[-1] if turned else bins]
-    return take(name, full, dtype, device)[..., : full[-1] if turned else bins]
-
-
-def _put(spectra: Tensor, out: Tensor, turned: bool) -> None:
-    """Copy ``(b, c, F)``; where out is turned in memory, matrix by matrix if that is faster."""
-    if turned and len(spectra) == 1:
-        out[0].t().copy_(spectra[0].t())
-    else:
-        out.copy_(spectra)
+    middle, last = (bins, second) if turned else (second, bins)
+    full = (first, middle, -(-last // _ALIGNED) * _ALIGNED)
+    memory = torch.empty(full, dtype=dtype, device=device) if fresh else take(name, full, dtype, device)
+    return memory[..., :last]
 
 
 def _multiply(
@@ -223,8 +216,14 @@ def _multiply(
                 end = whole - group.first
             if not turned:
                 part = product[begin:end]
-            elif end - begin == 1:
-                part = product[:, begin].t().contiguous()[None]
+            elif end - begin == 1 and sizes.bins > _FAR_APART:
+                # Rows of a block are far apart in memory: side by side first, then turned.
+                rows = take("product rows", (sizes.bins, width), spectra.dtype, spectra.device)
+                rows.copy_(product[:, begin])
+                part = _spectra(
+                    "product turned", (1, width), sizes.bins, spectra.dtype, spectra.device, False
+                )
+                part[0].copy_(rows.t())
             else:
                 part = product[:, begin:end].permute(1, 2, 0).contiguous()
             result = torch.fft.irfft(part, n=sizes.transform)
@@ -415,11 +414,11 @@ class _WindowSpectra:
                         spectrum[:begun, own], shift, square[:begun, own], place
                     )
                     if self.turned:
-                        spectra[begin + own].copy_(place.t())
+                        by_piece[begin + own] = place
                     squares.append(sums[None])
                     shifts.append(common)
                 continue
-            _put(spectrum.transpose(0, 1), by_piece[begin:end, :seen], self.turned)
+            by_piece[begin:end, :seen] = spectrum.transpose(0, 1)
             if seen < count:
                 by_piece[begin:end, seen:] = 0.0
                 square = torch.nn.functional.pad(square, (0, 0, 0, count - seen))

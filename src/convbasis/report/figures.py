@@ -27,6 +27,42 @@ class Curve(NamedTuple):
     error: Sequence[float]
 
 
+class Series(NamedTuple):
+    """Times of one method by sequence length."""
+
+    label: str
+    points: Sequence[tuple[int, float]]
+    """Tokens and seconds, ascending."""
+    extrapolated_from: int | None = None
+    """The first length whose time was not measured; None if all were."""
+
+
+def times_figure(series: Sequence[Series], title: str, path: Path) -> None:
+    """Draw seconds against tokens, both in powers; what was extrapolated is dashed.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    figure = _figure((7.5, 5))
+    axes = figure.add_subplot()
+    for one in series:
+        first = one.extrapolated_from
+        measured = [point for point in one.points if first is None or point[0] < first]
+        line = axes.loglog(*zip(*measured, strict=True), "o-", label=one.label)[0]
+        rest = [point for point in one.points if first is not None and point[0] >= first]
+        if rest:
+            label = f"{one.label}, extrapolated by n²"
+            axes.loglog(
+                *zip(*measured[-1:], *rest, strict=True), "o--", color=line.get_color(), label=label
+            )
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("seconds")
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    _save(figure, path)
+
+
 def attention_figure(triples: Sequence[Triple], curves: Sequence[Curve], path: Path) -> None:
     """Draw matrices (exact, approximation, difference) in rows and the curves beside them.
 
