@@ -105,12 +105,13 @@ def synchronised(function: Callable[[], torch.Tensor], device: str) -> Callable[
 def peak_in_a_process(n: int, k: int, d: int, threads: int) -> float:
     """Gigabytes that a process needs at most for one call, inputs and libraries included."""
     code = (
-        "import resource, torch, convbasis as cb\n"
+        "import torch, convbasis as cb\n"
         f"torch.set_num_threads({threads})\n"
         "with torch.no_grad():\n"
         f"    q, k, v = (torch.randn(1, 1, {n}, {d}) for _ in range(3))\n"
         f"    o = cb.conv_basis_attention(q, k, v, segment_length={length_of(n, k)})\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        # Not ru_maxrss: a child inherits that of its parent.
+        "print(next(x.split()[1] for x in open('/proc/self/status') if x.startswith('VmHWM')))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return int(done.stdout.split()[-1]) * 1024 / 1e9

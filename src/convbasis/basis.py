@@ -250,7 +250,7 @@ class ConvBasis:
                 basis's; same dtype and device.
             backend: ``"partitioned"``, ``"direct"``, ``"fft"``, ``"reference"`` or ``"auto"``; as in
                 `conv_basis_attention`.
-            max_bytes: bound on the working memory of the transforms, in bytes; 512 MiB by default.
+            max_bytes: bound on the working memory of the transforms, in bytes; 1 GiB by default.
 
         Returns:
             ``(n,)``, ``(n, c)`` or ``(..., n, c)``, in the dtype of x.

@@ -70,10 +70,10 @@ class TestChoose:
             assert sizes.piece == min(n, longest) or sizes.piece == sizes.block
 
     def test_the_reason_says_what_was_chosen(self):
-        q, k, v = torch.randn(3, 1, 1, 3000, 8).unbind()
-        cb.conv_basis_attention(q, k, v, segment_length=100)
-        assert "n = 3000, k = 30; pieces of 100, transforms of" in cb.last_dispatch().reason
-        cb.conv_basis_attention(q, k, v, segment_length=100, backend="partitioned")
+        q, k, v = torch.randn(3, 1, 1, 20_000, 8).unbind()
+        cb.conv_basis_attention(q, k, v, segment_length=1000)
+        assert "n = 20000, k = 20; pieces of 1000, transforms of" in cb.last_dispatch().reason
+        cb.conv_basis_attention(q, k, v, segment_length=1000, backend="partitioned")
         assert "requested" in cb.last_dispatch().reason
 
     def test_work_of_heads_adds_up(self):

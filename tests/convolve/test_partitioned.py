@@ -125,10 +125,11 @@ class TestProducts:
         weights = torch.ones(500, dtype=torch.float64)
         sizes = Sizes(64, 128)
         partition = Partition(starts.tolist(), 500, sizes)
-        assert column_step(partition, 10, 8, 1) == 1
-        assert column_step(partition, 10, 8, 1 << 40) == 10
-        fitting = 2 * 20 * 8 * 2 * partition.sizes.bins * len(partition.pieces)
-        assert column_step(partition, 100, 8, fitting) == 16
+        pieces, bins = len(partition.pieces), sizes.bins
+        assert column_step(pieces, bins, 10, 8, 1) == 1
+        assert column_step(pieces, bins, 10, 8, 1 << 40) == 10
+        fitting = 2 * 20 * 8 * 2 * bins * pieces
+        assert column_step(pieces, bins, 100, 8, fitting) == 16
         whole = multiply(kernels, starts, x, sizes, weights)
         for budget in (1, 100_000):
             parts = multiply(kernels, starts, x, sizes, weights, max_bytes=budget)

@@ -86,7 +86,7 @@ def conv_basis_attention(
             at a time, O(n^2); ``"fft"``, one transform of full length per basis; ``"reference"``,
             each row summed for itself in float64, O(n^2); or ``"auto"``, the least modelled time for
             these shapes. It changes how, never what is computed.
-        max_bytes: bound on the working memory of the transforms, in bytes; 512 MiB by default.
+        max_bytes: bound on the working memory of the transforms, in bytes; 1 GiB by default.
 
     Returns:
         ``(B, H, n, d_v)``, dtype and device of the query; 0 for rows that see no key. Half types are

@@ -121,7 +121,9 @@ def _evaluate(
         (product,) = direct(everything, rows)
         return product.view(problems, sets, n, columns), Dispatch("reference", choice.reason)
     if choice.backend == "direct":
-        product = direct_product(flat_kernels, starts.flatten(0, 1), flat_x.flatten(0, 1), transpose)
+        # Summed in float64: rows may cancel, and float32 would leave 1e-6 of the largest entry.
+        wide = flat_kernels.double(), starts.flatten(0, 1), flat_x.flatten(0, 1).double()
+        product = direct_product(*wide, transpose).to(kernels.dtype)
         return product.view(problems, sets, n, columns), Dispatch("direct", choice.reason)
 
     def multiply(own: Tensor, begins: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,10 +17,10 @@ import torch
 from ..dispatch import check_backend
 from .lengths import fast_length
 from .partition import Sizes
-from .partitioned import FEW_PIECES
+from .partitioned import FEW_PIECES, column_step
 from .rates import Rates, rates
 
-DEFAULT_MAX_BYTES = 512 << 20
+DEFAULT_MAX_BYTES = 1 << 30
 """Working memory of the transforms, in bytes, where the caller names none."""
 
 _LARGEST_TRANSFORM = 1 << 18
@@ -32,6 +32,7 @@ _CHUNK = 1 << 17  # entries that are transformed at a time
 _GROUP = 1.5e6  # complex entries that are multiplied at a time
 _DIRECT_BLOCK = 1 << 18  # entries that direct evaluation lays out at a time
 _CACHED = 1 << 20  # entries that the processor's caches hold
+_CACHED_ROW = 1 << 15  # entries of one transform that the processor's own cache holds
 
 
 class Work(NamedTuple):
@@ -153,9 +154,14 @@ def partitioned_amounts(work: Work, sizes: Sizes) -> Amounts:
     blocks = -(-n // sizes.block)
     levels = max(1, -(-work.longest // sizes.piece))
     pieces = k if levels == 1 else min(k * levels, n // sizes.piece + k)
-    windows = blocks * (k + 1) / 2
-    rows = (pieces + blocks) * c
+    item = work.dtype.itemsize
+    parts = -(-c // column_step(pieces, sizes.bins, c, item, DEFAULT_MAX_BYTES))
     visible = (pieces + 1) / 2
+    kept = 2 * item * sizes.bins * blocks * visible <= DEFAULT_MAX_BYTES // 2
+    # Windows whose spectra are too many to be kept are made again for each part of the columns.
+    again = 1 if kept else parts
+    windows = again * blocks * (k + 1) / 2
+    rows = (pieces + blocks) * c
     group = max(1.0, min(blocks, _GROUP / sizes.bins / max(c, visible)))
     share = min(1.0, 0.5 + 0.5 * group / blocks)  # of the matrix that is not above the diagonal
     length = sizes.transform
@@ -163,22 +169,22 @@ def partitioned_amounts(work: Work, sizes: Sizes) -> Amounts:
         math.ceil(blocks / max(1.0, size // (width * length)))
         for size, width in ((2 * _CHUNK, visible), (_CHUNK, c))
     )
-    gathered = 0.0 if levels == 1 else blocks * visible
+    gathered = 0.0 if levels == 1 else again * blocks * visible
     few = pieces <= FEW_PIECES
     multiplied = sizes.bins * blocks * c * pieces
     if few:
         share = 0.5 * (1 + 1 / blocks)
     return Amounts(
         (rows + windows) * length * math.log2(length),
-        sizes.bins * (gathered if few else rows + windows + 2 * gathered),
-        (0.0 if few else 8.0 * multiplied * share) + n * d * (k + 1),
+        sizes.bins * (2 * gathered if few else rows + windows + 6 * gathered),
+        (0.0 if few else 8.0 * multiplied * share) + again * n * d * (k + 1),
         (2 * rows + 2 * windows) * length + 3 * n * c,
         0.0 if few else sizes.bins * blocks / group,
         chunks + (blocks if levels > 1 else 0),
         1.0,
         _LOST_COST * (_LOST * sizes.block) ** 2 / 2 if d else 0.0,
         multiplied * share if few else 0.0,
-        0.0,
+        (rows + windows) * length * max(0.0, math.log2(length / _CACHED_ROW)) / 4,
     ).of_heads(work.heads)
 
 

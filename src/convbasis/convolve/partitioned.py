@@ -31,6 +31,9 @@ from .workspace import take
 FEW_PIECES = 24
 # Bytes of the spectra of a group of blocks, which are multiplied at a time: near the processor still.
 _GROUP_BYTES = 12 << 20
+# Matrices of fewer blocks than this would read the pieces for little: more bytes then, up to a limit.
+_LEAST_BLOCKS = 16
+_LARGEST_GROUP_BYTES = 128 << 20
 # The same where no matrix is multiplied: the more blocks, the fewer times the pieces are read.
 _FEW_GROUP_BYTES = 40 << 20
 # Bytes of the sums that are added to at a time, there.
@@ -76,13 +79,22 @@ def row_noise(energy: Tensor, transform: int, dtype: torch.dtype) -> Tensor:
     return energy.double().div_(transform).sqrt_().mul_(unit_noise(dtype, transform))
 
 
-def column_step(partition: Partition, columns: int, itemsize: int, max_bytes: int) -> int:
+def column_step(pieces: int, bins: int, columns: int, itemsize: int, max_bytes: int) -> int:
     """Return how many columns of x are transformed at a time, within half of max_bytes.
 
     They are all columns, or as many as fill whole lines of the processor's caches, or what fits.
+
+    Args:
+        pieces: of the partition.
+        bins: of the transforms.
+        columns: of x.
+        itemsize: bytes of an entry of x.
+        max_bytes: bound on the memory of spectra.
     """
-    per_column = 2 * itemsize * partition.sizes.bins * len(partition.pieces)
-    most = max(1, min(max_bytes // 2, _SPECTRA_BYTES) // per_column)
+    per_column = 2 * itemsize * bins * pieces
+    # Where matrices are multiplied, wide ones are worth more than what stays near the processor.
+    near = _SPECTRA_BYTES if pieces <= FEW_PIECES else max_bytes
+    most = max(1, min(max_bytes // 2, near) // per_column)
     if most >= columns:
         return columns
     line = _LINE_BYTES // itemsize
@@ -106,8 +118,9 @@ def partitioned_blocks(
     """
     sizes, columns = partition.sizes, x.shape[-1]
     dtype = x.dtype if weights is None else weights.dtype
-    step = column_step(partition, max(1, columns), dtype.itemsize, max_bytes)
-    turned = len(partition.pieces) > FEW_PIECES
+    pieces = len(partition.pieces)
+    step = column_step(pieces, sizes.bins, max(1, columns), dtype.itemsize, max_bytes)
+    turned = pieces > FEW_PIECES
     of_windows = _WindowSpectra(windows, partition, step, dtype.to_complex(), turned)
     if step < columns:
         of_windows.keep_within(max_bytes // 2)
@@ -279,7 +292,8 @@ def partitioned_transposed(
     sizes, columns = partition.sizes, x.shape[-1]
     result = torch.zeros_like(x)
     squares = x.new_zeros((len(partition.pieces), 2), dtype=torch.float64)  # of outputs and of inputs
-    step = column_step(partition, columns, 2 * x.element_size(), max_bytes)
+    pieces = len(partition.pieces)
+    step = column_step(pieces, sizes.bins, columns, 2 * x.element_size(), max_bytes)
     for low in range(0, columns, step):
         high = min(columns, low + step)
         spectra, entered = _transposed_spectra(windows, partition, x[:, low:high])
@@ -377,11 +391,12 @@ class _WindowSpectra:
     def _group(self, first: int, levels: _Levels) -> _Group:
         """Return the group that begins with a block."""
         partition, sizes, dtype = self.partition, self.partition.sizes, self._dtype
-        most = _GROUP_BYTES if self.turned else _FEW_GROUP_BYTES
-        entries = most // (dtype.itemsize * sizes.bins)
         visible = max(1, partition.pieces_before(partition.rows(first)[1]))
-        blocks = min(partition.blocks - first, entries // max(self._width, visible))
-        blocks = max(1, blocks)
+        of_block = dtype.itemsize * sizes.bins * max(self._width, visible)
+        blocks = (_GROUP_BYTES if self.turned else _FEW_GROUP_BYTES) // of_block
+        if self.turned:
+            blocks = max(blocks, min(_LEAST_BLOCKS, _LARGEST_GROUP_BYTES // of_block))
+        blocks = max(1, min(partition.blocks - first, blocks))
         end = partition.rows(first + blocks - 1)[1]
         count, segments = partition.pieces_before(end), max(1, partition.segments_before(end))
         # Spectra that are kept have memory of their own.
