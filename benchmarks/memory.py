@@ -44,9 +44,9 @@ def measure(n: int, k: int, kind: str) -> tuple[float, str]:
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
     before = resident_bytes("VmRSS")
     basis = cb.recover(query[0, 0], key[0, 0], num_bases=k)
-    cb.conv_basis_attention(query, key, value, starts=basis.starts, backend="fft")
+    cb.conv_basis_attention(query, key, value, starts=basis.starts)
     del basis
-    cb.conv_basis_attention(query, key, value, num_bases=k, backend="fft")
+    cb.conv_basis_attention(query, key, value, num_bases=k)
     return (resident_bytes("VmHWM") - before) / 1e9, str(cb.last_dispatch())
 
 

@@ -33,6 +33,8 @@ _BASES = (1, 4, 16, 64, 256)
 _LONGEST_DIRECT = 2048
 _LARGEST_FFT = 1 << 17  # tokens times segments
 _SIZES = 4  # partitions measured for each shape: the likeliest ones
+# Columns of values, up to a length. With one number alone, copies and products could not be told apart.
+_WIDTHS = {64: max(LENGTHS), 4: 4096}
 
 
 class Measurement(NamedTuple):
@@ -40,6 +42,7 @@ class Measurement(NamedTuple):
 
     n: int
     k: int
+    width: int
     choice: Choice
     amounts: Amounts
     seconds: float
@@ -82,7 +85,9 @@ def tune(
     shapes = [(n, k) for n in lengths for k in _BASES if 4 * k <= n]
     measured: list[Measurement] = []
     for index, (n, k) in enumerate(shapes):
-        measured.extend(_measure(n, k, torch.device(device), repeats))
+        for width, longest in _WIDTHS.items():
+            if n <= longest:
+                measured.extend(_measure(n, k, width, torch.device(device), repeats))
         if progress is not None:
             progress((index + 1) / len(shapes))
     work = torch.tensor([m.amounts for m in measured], dtype=torch.float64)
@@ -121,16 +126,23 @@ def fit_rates(amounts: Tensor, seconds: Tensor) -> Tensor:
     return fitted / scale
 
 
-def _measure(n: int, k: int, device: torch.device, repeats: int) -> Iterator[Measurement]:
+def _measure(n: int, k: int, width: int, device: torch.device, repeats: int) -> Iterator[Measurement]:
     """Time the likeliest partitions, and the other backends where they are no hopeless case."""
     generator = torch.Generator().manual_seed(n + k)
     query, key, value = torch.randn(3, n, _HEAD_DIM, generator=generator).to(device).unbind()
+    value = value + 1.0  # few rows cancel, so that few are evaluated twice
     length = -(-n // k)
     starts = torch.arange(0, n, length, device=device)[None, None]
     inputs = Inputs(
-        query[None, None], key[None], value[None], starts, None, _HEAD_DIM**-0.5, torch.float32
+        query[None, None],
+        key[None],
+        value[None, :, :width].contiguous(),
+        starts,
+        None,
+        _HEAD_DIM**-0.5,
+        torch.float32,
     )
-    work = Work(n, k, _HEAD_DIM + 1, _HEAD_DIM, length, 1, torch.float32, device.type)
+    work = Work(n, k, width + 1, _HEAD_DIM, length, 1, torch.float32, device.type)
     table = rates(device.type, torch.get_num_threads())
     sizes = sorted(candidates(work), key=lambda s: cost(partitioned_amounts(work, s), table))
     options = [
@@ -149,12 +161,12 @@ def _measure(n: int, k: int, device: torch.device, repeats: int) -> Iterator[Mea
             if turn:
                 own.append(time.perf_counter() - begin)
     for (choice, amounts), own in zip(options, times, strict=True):
-        yield Measurement(n, k, choice, amounts, statistics.median(own))
+        yield Measurement(n, k, width, choice, amounts, statistics.median(own))
 
 
 def _losses(measured: list[Measurement], fitted: Rates) -> Iterator[float]:
     """Yield, for each shape, the time of what the model would choose over the least time."""
-    for n, k in dict.fromkeys((m.n, m.k) for m in measured):
-        own = [m for m in measured if (m.n, m.k) == (n, k)]
+    for shape in dict.fromkeys((m.n, m.k, m.width) for m in measured):
+        own = [m for m in measured if (m.n, m.k, m.width) == shape]
         chosen = min(own, key=lambda m: cost(m.amounts, fitted))
         yield chosen.seconds / min(m.seconds for m in own)

@@ -280,11 +280,18 @@ class TestNumerics:
         assert (stats.output == 0).all()
         assert stats.dispatch.rows_recomputed == stats.dispatch.heads_direct == 0
 
-    def test_small_memory_budget_changes_nothing(self):
-        inputs = qkv(500, heads=4, batch=2, dtype=torch.float32)
-        one = cb.conv_basis_attention(*inputs, segment_length=50, backend="fft")
-        other = cb.conv_basis_attention(*inputs, segment_length=50, backend="fft", max_bytes=1)
-        assert_close(one, other, whole=1e-6, row=1e-4)
+    @pytest.mark.parametrize("backend", ["fft", "partitioned"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("length", [50, 8])
+    def test_small_memory_budget_changes_nothing(self, backend, dtype, length):
+        inputs = qkv(500, heads=4, batch=2, dtype=dtype)
+        attend = lambda **options: cb.conv_basis_attention(  # noqa: E731
+            *inputs, segment_length=length, backend=backend, **options
+        )
+        one = attend()
+        limit = 1e-6 if dtype == torch.float32 else 4e-3  # half types are rounded in the end
+        for budget in (1, 50_000):
+            assert_close(one, attend(max_bytes=budget), whole=limit, row=max(limit, 1e-4))
 
     def test_overflowing_logits_are_refused(self):
         query, key, value = qkv(200, dtype=torch.float32)

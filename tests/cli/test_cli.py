@@ -12,7 +12,14 @@ from typer.testing import CliRunner
 
 import convbasis as cb
 from convbasis.cli.app import app
-from convbasis.report.figures import Curve, Triple, attention_figure, error_figure
+from convbasis.report.figures import (
+    Curve,
+    Series,
+    Triple,
+    attention_figure,
+    error_figure,
+    times_figure,
+)
 from convbasis.report.timing import interleaved_medians
 
 runner = CliRunner()
@@ -127,3 +134,38 @@ def test_interleaved_medians_run_in_turn():
     assert order == ["a", "b"] * 4
     assert set(medians) == {"a", "b"}
     assert all(m >= 0 for m in medians.values())
+
+
+class TestTune:
+    def test_it_measures_writes_and_says_where(self, tmp_path):
+        path = tmp_path / "rates.json"
+        command = [
+            "tune",
+            "--output",
+            str(path),
+            "--repeats",
+            "1",
+            "--longest",
+            "256",
+            "--threads",
+            "1",
+        ]
+        result = runner.invoke(app, command)
+        assert result.exit_code == 0, result.output
+        assert list(json.loads(path.read_text())["rates"]) == ["cpu-1"]
+        assert "rates.json" in result.output.replace("\n", "")
+        assert "typical error" in result.output
+
+    def test_an_unusable_device_is_one_line(self, tmp_path):
+        command = ["tune", "--device", "nowhere", "--output", str(tmp_path / "rates.json")]
+        result = runner.invoke(app, command)
+        assert result.exit_code == 1
+        assert "device 'nowhere' cannot be used" in result.output
+        assert not (tmp_path / "rates.json").exists()
+
+
+def test_times_are_drawn_with_what_was_extrapolated(tmp_path):
+    measured = Series("ours", [(10, 1.0), (100, 10.0)])
+    partly = Series("theirs", [(10, 1.0), (100, 100.0), (1000, 1e4)], extrapolated_from=1000)
+    times_figure([measured, partly], "title", tmp_path / "times.png")
+    assert min(png_size(tmp_path / "times.png")) > 300

@@ -76,6 +76,14 @@ class TestChoose:
         cb.conv_basis_attention(q, k, v, segment_length=1000, backend="partitioned")
         assert "requested" in cb.last_dispatch().reason
 
+    def test_few_columns_do_not_make_quadratic_work_free(self):
+        for n in (3000, 20_000):
+            given = Work(n, 1, 2, 0, n, 1, torch.float64)
+            assert choose("auto", given).backend != "direct"
+
+    def test_rates_and_amounts_have_the_same_fields(self):
+        assert Rates._fields == Amounts._fields
+
     def test_work_of_heads_adds_up(self):
         one, four = (direct_amounts(work(500, 3, heads=h)) for h in (1, 4))
         assert four == pytest.approx(tuple(4 * amount for amount in one))

@@ -17,7 +17,7 @@ from convbasis.convolve import (
     partitioned_blocks,
     row_noise,
 )
-from convbasis.convolve.partitioned import column_step, partitioned_transposed
+from convbasis.convolve.partitioned import _WindowSpectra, column_step, partitioned_transposed
 from convbasis.convolve.workspace import take
 
 
@@ -135,6 +135,21 @@ class TestProducts:
             parts = multiply(kernels, starts, x, sizes, weights, max_bytes=budget)
             for one, other in zip(whole[:2], parts[:2], strict=True):
                 assert (one - other).norm() <= 1e-14 * one.norm()
+
+    def test_groups_of_blocks_stay_within_a_quarter_of_the_budget(self):
+        kernels, starts = random_basis(3000, 40, gen())
+        sizes = Sizes(32, 64)
+        partition = Partition(starts.tolist(), 3000, sizes)
+        sizes_seen = set()
+        for budget in (1, 1 << 20, 8 << 20):
+            windows = KernelWindows(kernels, partition)
+            spectra = _WindowSpectra(windows, partition, 5, torch.complex128, True, budget)
+            for group in spectra.groups():
+                blocks = len(group.squares)
+                of_block = group.spectra[0].numel() * 16
+                assert blocks == 1 or blocks * of_block <= 1.3 * budget / 4
+                sizes_seen.add(blocks)
+        assert len(sizes_seen) > 2
 
     def test_groups_and_chunks_of_any_size_give_the_same(self, monkeypatch):
         kernels, starts = random_basis(700, 11, gen())

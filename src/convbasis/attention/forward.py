@@ -297,22 +297,22 @@ def _transform(
     max_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return output, lse and which rows are lost in rounding, worked in the dtype of logits."""
-    peak = logits.detach().amax((-1, -2), keepdim=True)
+    peak = logits.amax((-1, -2), keepdim=True)
     peak = peak.masked_fill(peak == -torch.inf, 0.0)
     kernels = (logits - peak).exp()
     numerator, noise = fft_product(kernels, starts, value, max_bytes)
     normaliser, doubtful = _normaliser(kernels, starts, real, max_bytes)
 
     def magnitude() -> Tensor:
-        norms = torch.linalg.vector_norm(value.detach(), dim=-1, keepdim=True)
-        return fft_product(kernels.detach(), starts, norms, max_bytes)[0][..., 0]
+        norms = torch.linalg.vector_norm(value, dim=-1, keepdim=True)
+        return fft_product(kernels, starts, norms, max_bytes)[0][..., 0]
 
     visible = torch.ones_like(normaliser, dtype=torch.bool)
     if real is not None:
         visible = _visible_rows(real)[:, None].expand(normaliser.shape)
     reached = reached_rows(starts, value)
     lost = lost_rows(
-        torch.linalg.vector_norm(numerator.detach(), dim=-1, dtype=torch.float64),
+        torch.linalg.vector_norm(numerator, dim=-1, dtype=torch.float64),
         noise,
         reached,
         magnitude,
@@ -340,7 +340,7 @@ def _normaliser(
     least = torch.finfo(kernels.dtype).tiny / torch.finfo(kernels.dtype).eps
     if real is None:
         sums = row_sums(kernels, starts, stops)
-        return sums, sums.detach() < least
+        return sums, sums < least
     problems, sets, k, _ = kernels.shape
     starts, stops = (t.expand(problems, sets, k) for t in (starts, stops))
     before = torch.nn.functional.pad(real.cumsum(-1), (1, 0))[:, None].expand(-1, sets, -1)
@@ -349,9 +349,9 @@ def _normaliser(
     ends = starts + count
     if bool((before.gather(-1, ends) - before.gather(-1, starts) == count).all()):
         sums = row_sums(kernels, starts, ends)
-        return sums, sums.detach() < least
+        return sums, sums < least
     weight = real[:, None, :, None].double()
     sums, noise = fft_product(kernels.double(), starts, weight, max_bytes)
     sums = sums[..., 0]
-    good = noise <= sums.detach() * 1e-12
-    return sums, ~(good & (sums.detach() >= least))
+    good = noise <= sums * 1e-12
+    return sums, ~(good & (sums >= least))

@@ -122,7 +122,7 @@ class ConvBasisAttentionFunction(torch.autograd.Function):
     """Save for the backward pass, and restore."""
 
     @staticmethod
-    def forward(
+    def forward(  # one by one: a compiler would take variable arguments for an old-style context
         query: Tensor,
         key: Tensor,
         value: Tensor,

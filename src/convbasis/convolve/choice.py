@@ -17,7 +17,7 @@ import torch
 from ..dispatch import check_backend
 from .lengths import fast_length
 from .partition import Sizes
-from .partitioned import FEW_PIECES, column_step
+from .partitioned import FEW_PIECES, column_step, group_blocks
 from .rates import Rates, rates
 
 DEFAULT_MAX_BYTES = 1 << 30
@@ -29,7 +29,6 @@ _LARGEST_TRANSFORM = 1 << 18
 _LOST = 0.036
 _LOST_COST = 7.0
 _CHUNK = 1 << 17  # entries that are transformed at a time
-_GROUP = 1.5e6  # complex entries that are multiplied at a time
 _DIRECT_BLOCK = 1 << 18  # entries that direct evaluation lays out at a time
 _CACHED = 1 << 20  # entries that the processor's caches hold
 _CACHED_ROW = 1 << 15  # entries of one transform that the processor's own cache holds
@@ -130,7 +129,7 @@ class Amounts(NamedTuple):
     chunks: float
     """Pieces of work, some operations each."""
     calls: float
-    """1, and 1 for each head."""
+    """Heads: what each costs whatever its size."""
     laid: float
     """Entries of matrices laid out."""
     summed: float
@@ -139,7 +138,7 @@ class Amounts(NamedTuple):
     """Entries read and written once that are too many for the caches."""
 
     def of_heads(self, heads: int) -> Amounts:
-        """Return the work of so many heads; the call itself is one."""
+        """Return the work of so many heads."""
         return Amounts(*(heads * amount for amount in self))
 
 
@@ -162,7 +161,8 @@ def partitioned_amounts(work: Work, sizes: Sizes) -> Amounts:
     again = 1 if kept else parts
     windows = again * blocks * (k + 1) / 2
     rows = (pieces + blocks) * c
-    group = max(1.0, min(blocks, _GROUP / sizes.bins / max(c, visible)))
+    group = group_blocks(2 * item * sizes.bins * max(-(-c // parts), int(visible)), turned=True)
+    group = min(blocks, group)
     share = min(1.0, 0.5 + 0.5 * group / blocks)  # of the matrix that is not above the diagonal
     length = sizes.transform
     chunks = (max(1.0, pieces * c * length / _CHUNK) if c * length < _CHUNK else pieces) + sum(
@@ -172,19 +172,21 @@ def partitioned_amounts(work: Work, sizes: Sizes) -> Amounts:
     gathered = 0.0 if levels == 1 else again * blocks * visible
     few = pieces <= FEW_PIECES
     multiplied = sizes.bins * blocks * c * pieces
+    far = 1.0 + 0.25 * max(0.0, math.log2(length / _CACHED_ROW))
+    read_again = blocks / group * visible * sizes.bins * c  # the pieces, for each group of blocks
     if few:
         share = 0.5 * (1 + 1 / blocks)
     return Amounts(
         (rows + windows) * length * math.log2(length),
         sizes.bins * (2 * gathered if few else rows + windows + 6 * gathered),
         (0.0 if few else 8.0 * multiplied * share) + again * n * d * (k + 1),
-        (2 * rows + 2 * windows) * length + 3 * n * c,
+        (2 * rows + 2 * windows) * length * far + 3 * n * c + (0.0 if few else read_again),
         0.0 if few else sizes.bins * blocks / group,
         chunks + (blocks if levels > 1 else 0),
         1.0,
         _LOST_COST * (_LOST * sizes.block) ** 2 / 2 if d else 0.0,
         multiplied * share if few else 0.0,
-        (rows + windows) * length * max(0.0, math.log2(length / _CACHED_ROW)) / 4,
+        0.0,
     ).of_heads(work.heads)
 
 

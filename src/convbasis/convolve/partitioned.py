@@ -6,8 +6,8 @@ and pieces, so that one inverse transform serves a whole block of rows. With p p
 O(n c log N + k n log N + p n c N / M) time: the logarithm has left the term with k. Rounding stays
 within blocks: it is relative to what a block of rows sees, not to the whole sequence.
 
-Everything is done block by block in memory that stays in the processor's caches. The spectra of pieces
-and windows are turned so that frequency comes first; nothing else is moved.
+Everything is done block by block in memory that stays in the processor's caches. With many pieces the
+spectra are turned, frequency first, as matrix products want them; few are added up as they are.
 """
 
 from __future__ import annotations
@@ -101,6 +101,13 @@ def column_step(pieces: int, bins: int, columns: int, itemsize: int, max_bytes: 
     return most // line * line or most
 
 
+def group_blocks(of_block: int, *, turned: bool) -> int:
+    """Return how many blocks are multiplied at a time, given the bytes of the spectra of one."""
+    if not turned:
+        return max(1, _FEW_GROUP_BYTES // of_block)
+    return max(1, _GROUP_BYTES // of_block, min(_LEAST_BLOCKS, _LARGEST_GROUP_BYTES // of_block))
+
+
 def partitioned_blocks(
     windows: Windows, partition: Partition, x: Tensor, weights: Tensor | None, max_bytes: int
 ) -> Iterator[Block]:
@@ -121,7 +128,7 @@ def partitioned_blocks(
     pieces = len(partition.pieces)
     step = column_step(pieces, sizes.bins, max(1, columns), dtype.itemsize, max_bytes)
     turned = pieces > FEW_PIECES
-    of_windows = _WindowSpectra(windows, partition, step, dtype.to_complex(), turned)
+    of_windows = _WindowSpectra(windows, partition, step, dtype.to_complex(), turned, max_bytes)
     if step < columns:
         of_windows.keep_within(max_bytes // 2)
     for low in range(0, max(1, columns), step):
@@ -296,7 +303,7 @@ def partitioned_transposed(
     step = column_step(pieces, sizes.bins, columns, 2 * x.element_size(), max_bytes)
     for low in range(0, columns, step):
         high = min(columns, low + step)
-        spectra, entered = _transposed_spectra(windows, partition, x[:, low:high])
+        spectra, entered = _transposed_spectra(windows, partition, x[:, low:high], max_bytes)
         squares[:, 1] += entered
         for index, piece in enumerate(partition.pieces):
             whole = torch.fft.irfft(spectra[index].t().contiguous(), n=sizes.transform)
@@ -308,14 +315,16 @@ def partitioned_transposed(
     return result, torch.nn.functional.pad(by_row, (len(x) - len(by_row), 0))
 
 
-def _transposed_spectra(windows: Windows, partition: Partition, x: Tensor) -> tuple[Tensor, Tensor]:
+def _transposed_spectra(
+    windows: Windows, partition: Partition, x: Tensor, max_bytes: int
+) -> tuple[Tensor, Tensor]:
     """Return spectra of the product by piece ``(p, F, c)``, and what squares entered them ``(p,)``."""
     sizes, columns = partition.sizes, x.shape[-1]
     dtype = x.dtype.to_complex()
     total = torch.zeros((sizes.bins, len(partition.pieces), columns), dtype=dtype, device=x.device)
     entered = torch.zeros(len(partition.pieces), dtype=torch.float64, device=x.device)
     rows = x.new_zeros((columns, sizes.transform))
-    for group in _WindowSpectra(windows, partition, columns, dtype, True).groups():
+    for group in _WindowSpectra(windows, partition, columns, dtype, True, max_bytes).groups():
         blocks, count = group.squares.shape
         right = take("product", (blocks, sizes.bins, columns), dtype, x.device)
         for own in range(blocks):
@@ -347,7 +356,13 @@ class _WindowSpectra:
     """Transforms of all windows, in groups of blocks whose spectra, and those of x, stay small."""
 
     def __init__(
-        self, windows: Windows, partition: Partition, width: int, dtype: torch.dtype, turned: bool
+        self,
+        windows: Windows,
+        partition: Partition,
+        width: int,
+        dtype: torch.dtype,
+        turned: bool,
+        max_bytes: int,
     ) -> None:
         """Keep what groups are made from.
 
@@ -357,8 +372,10 @@ class _WindowSpectra:
             width: columns of x that are worked with at a time.
             dtype: of the spectra.
             turned: see `_Group`.
+            max_bytes: bound on the memory of spectra; a group takes a quarter of it, or one block.
         """
         self.partition, self.turned = partition, turned
+        self._most = max_bytes // 4
         self._windows, self._width, self._dtype = windows, width, dtype
         self._kept: list[_Group] | None = None
         self._keep = False
@@ -388,15 +405,18 @@ class _WindowSpectra:
             first += len(group.squares)
         self._kept = kept if self._keep else None
 
+    def _bytes(self, block: int) -> int:
+        """Return the memory of the spectra of one block, of its windows or of its product."""
+        visible = self.partition.pieces_before(self.partition.rows(block)[1])
+        return self._dtype.itemsize * self.partition.sizes.bins * max(self._width, visible)
+
     def _group(self, first: int, levels: _Levels) -> _Group:
         """Return the group that begins with a block."""
         partition, sizes, dtype = self.partition, self.partition.sizes, self._dtype
-        visible = max(1, partition.pieces_before(partition.rows(first)[1]))
-        of_block = dtype.itemsize * sizes.bins * max(self._width, visible)
-        blocks = (_GROUP_BYTES if self.turned else _FEW_GROUP_BYTES) // of_block
-        if self.turned:
-            blocks = max(blocks, min(_LEAST_BLOCKS, _LARGEST_GROUP_BYTES // of_block))
-        blocks = max(1, min(partition.blocks - first, blocks))
+        blocks = min(partition.blocks - first, group_blocks(self._bytes(first), turned=self.turned))
+        # Later blocks see more pieces, and all have room for those of the last.
+        while blocks > 1 and blocks * self._bytes(first + blocks - 1) > self._most:
+            blocks -= 1
         end = partition.rows(first + blocks - 1)[1]
         count, segments = partition.pieces_before(end), max(1, partition.segments_before(end))
         # Spectra that are kept have memory of their own.

@@ -13,7 +13,7 @@ FORMAT = "convbasis-rates"
 
 
 class Rates(NamedTuple):
-    """Seconds per unit of the amounts of `choice.Amounts`, in their order."""
+    """Seconds per unit of the amounts of `choice.Amounts`: the same fields in the same order."""
 
     transformed: float
     turned: float
@@ -30,7 +30,7 @@ class Rates(NamedTuple):
 # Fitted on a two-core x86 server without AVX-512, one thread; on accelerators a launch costs as much as
 # much work, which is what decides.
 _BUILT_IN = {
-    "cpu": Rates(2.9e-19, 1.3e-09, 2.5e-11, 1.6e-09, 1.6e-05, 5.0e-05, 2.2e-03, 0.0, 1.2e-09, 3.7e-09),
+    "cpu": Rates(0.0, 4.8e-09, 1.2e-11, 1.1e-09, 1.6e-06, 4.8e-05, 1.7e-03, 1.4e-09, 1.4e-09, 9.7e-09),
     "other": Rates(2e-12, 2e-11, 1e-13, 4e-12, 2e-9, 2e-4, 2e-3, 2e-11, 1e-12, 4e-12),
 }
 
