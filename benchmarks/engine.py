@@ -278,40 +278,39 @@ class MemoryWatch:
 
 @torch.no_grad()
 def choice(options: argparse.Namespace) -> dict[str, Any]:
-    """Times of "auto" and of every backend on the grid, where the others are no hopeless case."""
-    rows, logs, worst = [], [], 0.0
-    print("| n | k | best / auto | auto runs | auto | partitioned | direct | fft |")
+    """What the model picks among backends and partitions, beside the best of them as measured now."""
+    from convbasis.convolve.choice import cost
+    from convbasis.convolve.rates import rates
+    from convbasis.tune import measure
+
+    def told(m) -> str:
+        sizes = m.choice.sizes
+        return f"{sizes.piece} / {sizes.transform}" if sizes else m.choice.backend
+
+    table = rates(options.device, options.threads)
+    rows = []
+    print("| n | k | best / auto | auto takes | time | best | time | alternatives |")
     print("|---|---|---|---|---|---|---|---|")
-    for n in [n for n in options.lengths if n <= 65_536]:
-        query, key, value = inputs(n, 64, options.device)
+    for n in [n for n in options.lengths if n <= 262_144]:
         for k in options.num_bases:
-            length = length_of(n, k)
-            backends = ["auto", "partitioned"]
-            backends += ["direct"] * (n <= 4096) + ["fft"] * (n * k <= 1 << 18)
-            heads = (query, key, value)
-            functions = {
-                backend: synchronised(partial(attend, *heads, length, backend), options.device)
-                for backend in backends
-            }
-            repeats = options.repeats * (5 if n <= 4096 else 1)
-            times = interleaved_medians(functions, repeats)
-            functions["auto"]()
-            ran = cb.last_dispatch().backend
-            # What auto runs is one of the others: the better measurement of the two counts for it.
-            own = min(times["auto"], times[ran])
-            best = min(times[b] for b in backends if b != "auto")
-            loss = max(1.0, own / best)
-            logs.append(math.log(loss))
-            worst = max(worst, loss)
-            rows.append({"n": n, "k": k, "ran": ran, "seconds": times, "loss": loss})
-            shown = " | ".join(
-                f"{times[b] * 1e3:.3g} ms" if b in times else ""
-                for b in ("auto", "partitioned", "direct", "fft")
+            repeats = options.repeats * (4 if n <= 4096 else 1)
+            found = list(measure(n, k, 64, torch.device(options.device), repeats))
+            taken = min(found, key=lambda m: cost(m.amounts, table))
+            best = min(found, key=lambda m: m.seconds)
+            loss = taken.seconds / best.seconds
+            rows.append(
+                {"n": n, "k": k, "taken": told(taken), "best": told(best), "loss": loss}
+                | {"seconds": {told(m): m.seconds for m in found}}
             )
-            print(f"| {n:,} | {k} | {1 / loss:.2f} | {ran} | {shown} |", flush=True)
-    mean = math.exp(sum(logs) / len(logs))
-    print(f"auto is {mean - 1:.1%} slower than the best (geometric mean), at most {worst - 1:.0%}")
-    return {"rows": rows, "geometric_mean_loss": mean, "worst_loss": worst}
+            print(
+                f"| {n:,} | {k} | {1 / loss:.2f} | {told(taken)} | {taken.seconds * 1e3:.3g} ms | "
+                f"{told(best)} | {best.seconds * 1e3:.3g} ms | {len(found)} |",
+                flush=True,
+            )
+    losses = [row["loss"] for row in rows]
+    mean = math.exp(sum(map(math.log, losses)) / len(losses))
+    print(f"{mean - 1:.1%} slower than the best (geometric mean), at most {max(losses) - 1:.0%}")
+    return {"rows": rows, "geometric_mean_loss": mean, "worst_loss": max(losses)}
 
 
 @torch.no_grad()

@@ -87,7 +87,7 @@ def tune(
     for index, (n, k) in enumerate(shapes):
         for width, longest in _WIDTHS.items():
             if n <= longest:
-                measured.extend(_measure(n, k, width, torch.device(device), repeats))
+                measured.extend(measure(n, k, width, torch.device(device), repeats))
         if progress is not None:
             progress((index + 1) / len(shapes))
     work = torch.tensor([m.amounts for m in measured], dtype=torch.float64)
@@ -126,8 +126,16 @@ def fit_rates(amounts: Tensor, seconds: Tensor) -> Tensor:
     return fitted / scale
 
 
-def _measure(n: int, k: int, width: int, device: torch.device, repeats: int) -> Iterator[Measurement]:
-    """Time the likeliest partitions, and the other backends where they are no hopeless case."""
+def measure(n: int, k: int, width: int, device: torch.device, repeats: int) -> Iterator[Measurement]:
+    """Time attention by the likeliest partitions, and by other backends where they are no hopeless case.
+
+    Args:
+        n: tokens.
+        k: uniform segments.
+        width: columns of values.
+        device: to measure on.
+        repeats: timed runs, interleaved; the median counts.
+    """
     generator = torch.Generator().manual_seed(n + k)
     query, key, value = torch.randn(3, n, _HEAD_DIM, generator=generator).to(device).unbind()
     value = value + 1.0  # few rows cancel, so that few are evaluated twice

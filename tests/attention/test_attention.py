@@ -289,7 +289,10 @@ class TestNumerics:
             *inputs, segment_length=length, backend=backend, **options
         )
         one = attend()
-        limit = 1e-6 if dtype == torch.float32 else 4e-3  # half types are rounded in the end
+        # Other groups of blocks round differently, within what the oracle allows; half types are
+        # rounded in the end.
+        single = 1e-6 if backend == "fft" else LIMITS[torch.float32][0]
+        limit = single if dtype == torch.float32 else 4e-3
         for budget in (1, 50_000):
             assert_close(one, attend(max_bytes=budget), whole=limit, row=max(limit, 1e-4))
 
