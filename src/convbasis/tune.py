@@ -127,7 +127,7 @@ def fit_rates(amounts: Tensor, seconds: Tensor) -> Tensor:
 
 
 def measure(n: int, k: int, width: int, device: torch.device, repeats: int) -> Iterator[Measurement]:
-    """Time attention by the likeliest partitions, and by other backends where they are no hopeless case.
+    """Time attention by the likeliest partitions, and by other backends where that is not hopeless.
 
     Args:
         n: tokens.
