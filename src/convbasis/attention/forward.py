@@ -251,19 +251,26 @@ def _laid_out(clean: Inputs, result: torch.dtype) -> tuple[tuple[Tensor, Tensor]
     logits = clean.logits().flatten(0, 1)
     peak = logits.amax((-1, -2), keepdim=True)
     peak.masked_fill_(peak == -torch.inf, 0.0)
-    ones = clean.value.new_ones((problems, n)) if clean.real is None else clean.real.to(clean.work)
-    columns = torch.cat([clean.value, ones[..., None]], dim=-1)
-    columns = columns[:, None].expand(-1, sets, -1, -1).flatten(0, 1)
-    product = direct_product(logits.sub_(peak).exp_(), clean.starts.flatten(0, 1), columns, False)
-    total = product[..., -1]
+    matrices = (logits.sub_(peak).exp_(), clean.starts.flatten(0, 1))
+    if clean.real is None:
+        total = logits.new_zeros((problems * sets, n))
+        output = direct_product(*matrices, _by_set(clean.value, sets), row_sums=total)
+    else:
+        columns = torch.cat([clean.value, clean.real.to(clean.work)[..., None]], dim=-1)
+        output, total = direct_product(*matrices, _by_set(columns, sets)).tensor_split([-1], dim=-1)
+        total = total[..., 0]
     least = torch.finfo(clean.work).tiny / torch.finfo(clean.work).eps
     lost = total < least
     if clean.real is not None:
         lost &= _visible_rows(clean.real).repeat_interleave(sets, dim=0)
         total = torch.where(total > 0, total, 1.0)
-    output = product[..., :-1] / total[..., None]
     lse = total.log() + peak[..., 0]
-    return (output.to(result), lse.to(result)), lost
+    return (output.div_(total[..., None]).to(result), lse.to(result)), lost
+
+
+def _by_set(columns: Tensor, sets: int) -> Tensor:
+    """Return columns ``(P, n, c)`` for each of the query heads that share them, ``(P·R, n, c)``."""
+    return columns[:, None].expand(-1, sets, -1, -1).flatten(0, 1)
 
 
 def _by_logits(clean: Inputs, max_bytes: int) -> tuple[tuple[Tensor, ...], tuple[int, int, int]]:

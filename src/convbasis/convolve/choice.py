@@ -9,6 +9,7 @@ follow from the shapes alone; the seconds per unit are constants of a machine, b
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -76,7 +77,12 @@ def choose(backend: str, work: Work) -> Choice:
     check_backend(backend)
     if backend in ("reference", "direct", "fft"):
         return Choice(backend, "requested")
-    table = rates(work.device, torch.get_num_threads())
+    return _least(backend, work, rates(work.device, torch.get_num_threads()))
+
+
+@functools.lru_cache(maxsize=1024)
+def _least(backend: str, work: Work, table: Rates) -> Choice:
+    """Return the choice between partitions and, for ``"auto"``, backends: the least modelled time."""
     seconds, sizes = min(
         ((cost(partitioned_amounts(work, sizes), table), sizes) for sizes in candidates(work)),
         key=lambda pair: pair[0],

@@ -15,7 +15,14 @@ from .workspace import take
 _BLOCK_ENTRIES = 1 << 18  # entries of the matrices that are laid out at a time
 
 
-def direct_product(kernels: Tensor, starts: Tensor, x: Tensor, transpose: bool) -> Tensor:
+def direct_product(
+    kernels: Tensor,
+    starts: Tensor,
+    x: Tensor,
+    transpose: bool = False,
+    *,
+    row_sums: Tensor | None = None,
+) -> Tensor:
     """Return segmented matrices, or their transposes, times x.
 
     Args:
@@ -23,6 +30,8 @@ def direct_product(kernels: Tensor, starts: Tensor, x: Tensor, transpose: bool) 
         starts: ``(G, k)`` or ``(1, k)``.
         x: ``(G, n, c)``, dtype of kernels.
         transpose: multiply with the transposes.
+        row_sums: ``(G, n)`` of zeros, to be filled with the sums of the matrices' rows, for less than
+            one more column of x costs; None for none, and always with transposes.
 
     Returns:
         ``(G, n, c)``.
@@ -52,6 +61,8 @@ def direct_product(kernels: Tensor, starts: Tensor, x: Tensor, transpose: bool) 
                 rows = take("laid out rows", shape, x.dtype, x.device)
                 torch.bmm(entries, x[part, columns], out=rows)
                 result[part, begin:end] = rows.flip(1)
+                if row_sums is not None:
+                    row_sums[part, begin:end] = entries.sum(-1).flip(1)
     return result
 
 
