@@ -30,8 +30,11 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         "convolve.workspace",
         "convolve.windows",
         "convolve.partitioned",
+        "convolve.spectra",
+        "convolve.gradients",
         "convolve.direct",
         "attention.heads",
+        "attention.by_tiles",
     ):
         monkeypatch.setattr(f"convbasis.{module}.take", poison(workspace.take))
 

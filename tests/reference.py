@@ -38,21 +38,34 @@ def exact_logits(query: Tensor, key: Tensor, scale: float | None = None) -> Tens
     return (query.double() @ key.double().T * factor).tril()
 
 
-def conv_basis_logits(query: Tensor, key: Tensor, starts: Tensor, scale: float | None = None) -> Tensor:
-    """Logits of one head where segment r, beginning at s, holds ``scale · q[s + i - j]·k[s]``."""
+def conv_basis_logits(
+    query: Tensor,
+    key: Tensor,
+    starts: Tensor,
+    scale: float | None = None,
+    lag_bias: Tensor | None = None,
+) -> Tensor:
+    """Logits of one head where segment r, beginning at s, holds ``scale · q[s + i - j]·k[s]``.
+
+    A bias by lag is added to all of its kernels.
+    """
     exact = exact_logits(query, key, scale)
     n = len(exact)
     kernels = torch.zeros(len(starts), n, dtype=torch.float64)
     for r, s in enumerate(starts.tolist()):
         if s < n:
             kernels[r, : n - s] = exact[s:, s]
+            if lag_bias is not None:
+                kernels[r, : n - s] += lag_bias[: n - s].double()
     return dense_matrix(kernels, starts)
 
 
 def softmax_attention(
-    logits: Tensor, value: Tensor, real: Tensor | None = None
+    logits: Tensor, value: Tensor, real: Tensor | None = None, key_bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of one head, from dense logits; rows that see no key give 0 and -inf."""
+    if key_bias is not None:
+        logits = logits + key_bias.double()
     n = len(logits)
     visible = torch.ones(n, n, dtype=torch.bool).tril()
     if real is not None:
@@ -70,10 +83,13 @@ def conv_basis_attention(
     starts: Tensor,
     scale: float | None = None,
     real: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    lag_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Batched oracle: ``(B, H, n, ·)`` with H a multiple of the key-value heads; real ``(B, n)``.
 
-    starts is ``(k,)`` or ``(B, H, k)``. With padding, a segment begins at its first real key.
+    Biases are ``(B, H, n)``; starts is ``(k,)`` or ``(B, H, k)``. With padding, a segment begins at its
+    first real key.
     """
     batch, heads, n, _ = query.shape
     group = heads // key.shape[1]
@@ -83,15 +99,43 @@ def conv_basis_attention(
             own = starts if starts.ndim == 1 else starts[b, h]
             if real is not None:
                 own = _first_real_keys(own, real[b])
-            logits = conv_basis_logits(query[b, h], key[b, h // group], own, scale)
+            by_lag = None if lag_bias is None else lag_bias[b, h]
+            by_key = None if key_bias is None else key_bias[b, h]
+            logits = conv_basis_logits(query[b, h], key[b, h // group], own, scale, by_lag)
             mask = None if real is None else real[b]
-            output, lse = softmax_attention(logits, value[b, h // group], mask)
+            output, lse = softmax_attention(logits, value[b, h // group], mask, by_key)
             outputs.append(output)
             sums.append(lse)
     return (
         torch.stack(outputs).view(batch, heads, n, -1),
         torch.stack(sums).view(batch, heads, n),
     )
+
+
+def attention_gradients(
+    logits: Tensor, query: Tensor, key: Tensor, value: Tensor, incoming: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The attention gradient of one head: exact attention's, with the weights of these logits.
+
+    Gradients of query, key and value, and of the logits ``(n, n)``; entries above the diagonal are 0.
+    """
+    weights = logits.masked_fill(torch.ones_like(logits).triu(1).bool(), -math.inf).softmax(-1)
+    output = weights @ value.double()
+    of_logits = weights * (incoming @ value.double().T - (incoming * output).sum(-1, keepdim=True))
+    return (
+        scale * of_logits @ key.double(),
+        scale * of_logits.T @ query.double(),
+        weights.T @ incoming,
+        of_logits,
+    )
+
+
+def objective(
+    A1: Tensor, A2: Tensor, A3: Tensor, X: Tensor, Y: Tensor, E: Tensor, starts: Tensor
+) -> Tensor:
+    """The paper's loss of one attention layer with conv-basis logits; differentiable."""
+    output, _ = softmax_attention(conv_basis_logits(A1 @ X, A2, starts, 1.0), A3 @ Y)
+    return 0.5 * (output - E).square().sum()
 
 
 def exact_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:

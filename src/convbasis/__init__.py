@@ -1,6 +1,13 @@
 """convbasis: causal attention and lower-triangular matrices in the conv basis."""
 
-from .attention import AttentionStats, conv_basis_attention, conv_basis_attention_stats
+from . import nn
+from .attention import (
+    AttentionStats,
+    LossAndGradient,
+    attention_loss_and_gradient,
+    conv_basis_attention,
+    conv_basis_attention_stats,
+)
 from .basis import ConvBasis
 from .decompose import decompose
 from .dispatch import Dispatch, last_dispatch
@@ -26,14 +33,17 @@ __all__ = [
     "Dispatch",
     "FileFormatError",
     "InputError",
+    "LossAndGradient",
     "MissingExtraError",
     "MissingPathError",
     "PlantedQK",
+    "attention_loss_and_gradient",
     "causal_toeplitz_matmul",
     "conv_basis_attention",
     "conv_basis_attention_stats",
     "decompose",
     "last_dispatch",
+    "nn",
     "planted_qk",
     "recover",
 ]

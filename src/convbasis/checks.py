@@ -90,6 +90,15 @@ def check_nonnegative(name: str, value: object) -> float:
     return float(value)
 
 
+def check_gradient(gradient: object) -> None:
+    """Check the meaning of a gradient."""
+    if gradient not in ("forward", "attention"):
+        raise InputError(
+            f"gradient={describe(gradient)} is not known; use 'forward' (of what is computed) or "
+            "'attention' (of exact attention)"
+        )
+
+
 def check_scale(scale: object, head_dim: int) -> float:
     """Return the factor of the logits, 1/sqrt(d) by default."""
     if scale is None:

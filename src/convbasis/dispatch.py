@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .errors import InputError
@@ -43,6 +44,17 @@ class Dispatch:
                 self.heads_direct,
                 heads,
             )
+
+
+def merged(parts: Sequence[Dispatch], documents: int) -> Dispatch:
+    """Return the record of several calls that made up one: the last one's choice, everyone's counts."""
+    return Dispatch(
+        parts[-1].backend,
+        f"{parts[-1].reason}; the longest of {documents} documents",
+        sum(part.rows_recomputed for part in parts),
+        sum(part.heads_float64 for part in parts),
+        sum(part.heads_direct for part in parts),
+    )
 
 
 _thread = threading.local()

@@ -9,9 +9,14 @@ from .convolve.segments import lag_mask
 
 
 def segment_logits(
-    query: Tensor, key: Tensor, starts: Tensor, scale: float, stop: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    starts: Tensor,
+    scale: float,
+    stop: Tensor | None = None,
+    lag_bias: Tensor | None = None,
 ) -> Tensor:
-    """Return ``c_r[t] = scale · q[s_r + t]·k[s_r]``, -inf where the lag leaves the matrix.
+    """Return ``c_r[t] = scale · q[s_r + t]·k[s_r] + lag_bias[t]``, -inf outside the matrix.
 
     Args:
         query: ``(P, R, n, d)``.
@@ -19,6 +24,7 @@ def segment_logits(
         starts: ``(P, R, k)`` or ``(1, 1, k)``; a start of n gives a kernel of -inf.
         scale: multiplies the products.
         stop: ``(P, 1, 1)`` tokens that count; kernels are -inf from there on too. None for all.
+        lag_bias: ``(P, R, n)``; None for none.
 
     Returns:
         ``(P, R, k, n)``.
@@ -33,4 +39,6 @@ def segment_logits(
     products = first_keys @ query.mT  # by query position
     lags = torch.arange(n, device=query.device)
     shifted = products.gather(-1, (starts[..., None] + lags).clamp(max=n - 1))
+    if lag_bias is not None:
+        shifted += lag_bias[..., None, :]
     return shifted.masked_fill(~lag_mask(starts, n, stop), -torch.inf)

@@ -39,12 +39,14 @@ def test_compiles_without_a_graph_break(options):
         assert torch.equal(one, other)
 
 
-def arguments(mask=None, **options):
+def arguments(mask=None, biases=(None, None), **options):
     segments = {"starts": None, "num_bases": None, "segment_length": None, **options}
     starts = segments["starts"]
     return (
         None if starts is None else torch.tensor(starts),
         mask,
+        biases[0],
+        biases[1],
         segments["num_bases"],
         segments["segment_length"],
         1,
@@ -64,6 +66,50 @@ def test_opcheck_of_the_forward_operator(options):
         torch.library.opcheck(attention_op, (*qkv(), *arguments(given, **options)))
 
 
+def biases(dtype=torch.float64):
+    generator = torch.Generator().manual_seed(5)
+    shapes = ((1, 2, 300), (1, 2, 300))
+    return [torch.randn(*s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes]
+
+
+def test_opcheck_with_biases():
+    given = arguments(None, biases(), segment_length=50)
+    torch.library.opcheck(attention_op, (*qkv(), *given))
+    query, key, value = qkv()
+    output, lse, starts = attention_op(query, key, value, *given)
+    for gradient in ("forward", "attention"):
+        torch.library.opcheck(
+            attention_backward_op,
+            (
+                *(output, lse, query, key, value, output, lse, starts, None, *biases()),
+                *(0.3, gradient, "auto", None),
+            ),
+        )
+
+
+@pytest.mark.parametrize("gradient", ["forward", "attention"])
+def test_training_compiles_with_biases_and_documents(gradient):
+    def function(q, k, v, by_key, by_lag):
+        return cb.conv_basis_attention(
+            q,
+            k,
+            v,
+            enable_gqa=True,
+            segment_length=50,
+            key_bias=by_key,
+            lag_bias=by_lag,
+            document_lengths=[120, 180],
+            gradient=gradient,
+        ).square()
+
+    inputs = [x.requires_grad_() for x in (*qkv(), *biases())]
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    plain = torch.autograd.grad(function(*inputs).sum(), inputs)
+    through = torch.autograd.grad(compiled(*inputs).sum(), inputs)
+    for one, other in zip(plain, through, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_opcheck_of_the_backward_operator():
     query, key, value = qkv()
     output, lse, starts = attention_op(query, key, value, *arguments(segment_length=50))
@@ -71,7 +117,10 @@ def test_opcheck_of_the_backward_operator():
     for given in (None, mask):
         torch.library.opcheck(
             attention_backward_op,
-            (output, lse, query, key, value, output, lse, starts, given, 0.3, None),
+            (
+                *(output, lse, query, key, value, output, lse, starts, given),
+                *(None, None, 0.3, "forward", "auto", None),
+            ),
         )
 
 
@@ -166,7 +215,16 @@ def test_direct_backend_in_blocks(monkeypatch, starts, heads):
     expected, _ = reference.conv_basis_attention(
         *(x.expand(1, heads, -1, -1) for x in inputs), torch.tensor(starts)
     )
-    for entries in (1, 100, 5000, 1 << 20):
-        monkeypatch.setattr("convbasis.convolve.direct._BLOCK_ENTRIES", entries)
+    grads = []
+    for entries, columns in ((1, 3), (100, 40), (100, 7), (5000, 40), (5000, 10), (1 << 20, 40)):
+        monkeypatch.setattr("convbasis.convolve.direct._TILE_ENTRIES", entries)
+        monkeypatch.setattr("convbasis.convolve.direct._TILE_COLUMNS", columns)
+        monkeypatch.setattr("convbasis.convolve.direct._WHOLE_ROWS", 30)
         result = cb.conv_basis_attention(*inputs, starts=starts, backend="direct", enable_gqa=True)
         assert_close(expected, result, whole=1e-12, row=1e-12)
+        own = [x.clone().requires_grad_() for x in inputs]
+        again = cb.conv_basis_attention(*own, starts=starts, backend="direct", enable_gqa=True)
+        grads.append(torch.autograd.grad(again.square().sum(), own))
+    for found in grads[1:]:
+        for one, other in zip(grads[0], found, strict=True):
+            assert (one - other).norm() <= 1e-12 * one.norm()

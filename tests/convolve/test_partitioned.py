@@ -17,7 +17,8 @@ from convbasis.convolve import (
     partitioned_blocks,
     row_noise,
 )
-from convbasis.convolve.partitioned import _WindowSpectra, column_step, partitioned_transposed
+from convbasis.convolve.gradients import partitioned_transposed
+from convbasis.convolve.spectra import WindowSpectra, column_step
 from convbasis.convolve.workspace import take
 
 
@@ -143,7 +144,7 @@ class TestProducts:
         sizes_seen = set()
         for budget in (1, 1 << 20, 8 << 20):
             windows = KernelWindows(kernels, partition)
-            spectra = _WindowSpectra(windows, partition, 5, torch.complex128, True, budget)
+            spectra = WindowSpectra(windows, partition, 5, torch.complex128, True, budget)
             for group in spectra.groups():
                 blocks = len(group.squares)
                 of_block = group.spectra[0].numel() * 16
@@ -157,8 +158,8 @@ class TestProducts:
         exact = reference.dense_matrix(kernels, starts) @ x
         for group in (1, 30_000, 1 << 22):
             for chunk in (1, 5_000, 1 << 20):
-                monkeypatch.setattr("convbasis.convolve.partitioned._GROUP_BYTES", group)
-                monkeypatch.setattr("convbasis.convolve.partitioned._CHUNK_BYTES", chunk)
+                monkeypatch.setattr("convbasis.convolve.spectra._GROUP_BYTES", group)
+                monkeypatch.setattr("convbasis.convolve.spectra.CHUNK_BYTES", chunk)
                 for sizes in (Sizes(16, 32), Sizes(int(exact.shape[0]), 2048)):
                     product, _, _ = multiply(kernels, starts, x, sizes)
                     assert (product - exact).norm() <= 1e-13 * exact.norm()

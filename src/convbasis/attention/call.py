@@ -24,6 +24,13 @@ class Options(NamedTuple):
     max_bytes: int | None
 
 
+class Biases(NamedTuple):
+    """What is added to the logits, in nats; ``(B, H, n)`` each, or None."""
+
+    key: Tensor | None = None
+    lag: Tensor | None = None
+
+
 class Call(NamedTuple):
     """What one call computed."""
 
@@ -33,9 +40,20 @@ class Call(NamedTuple):
     dispatch: Dispatch
 
 
-def folded(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Inputs:
+def folded(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    biases: Biases,
+    scale: float,
+) -> Inputs:
     """Return the inputs with each key-value head as a problem, without copies; starts are not set."""
     heads, kv_heads = query.shape[1], key.shape[1]
+    by_key, by_lag = (
+        None if bias is None else bias.unflatten(1, (kv_heads, heads // kv_heads)).flatten(0, 1)
+        for bias in biases
+    )
     return Inputs(
         query.unflatten(1, (kv_heads, heads // kv_heads)).flatten(0, 1),
         key.flatten(0, 1),
@@ -44,6 +62,8 @@ def folded(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
         None if mask is None else mask.repeat_interleave(kv_heads, dim=0),
         scale,
         compute_dtype(query.dtype),
+        by_key,
+        by_lag,
     )
 
 
@@ -54,6 +74,7 @@ def attend(
     value: Tensor,
     request: SegmentRequest,
     key_padding_mask: Tensor | None,
+    biases: Biases,
     options: Options,
 ) -> Call:
     """Compute attention; shapes and options are known to fit, values are checked here."""
@@ -68,14 +89,19 @@ def attend(
             check_finite(name, tensor, tokens)
             for name, tensor in (("query", query), ("key", key), ("value", value))
         ]
-        inputs = folded(query, key, value, mask, options.scale)
+        more = 0.0
+        for name, bias in (("key_bias", biases.key), ("lag_bias", biases.lag)):
+            if bias is not None:
+                relevant = mask[:, None] if mask is not None and name == "key_bias" else None
+                more += check_finite(name, bias, relevant)
+        inputs = folded(query, key, value, mask, biases, options.scale)
         if request.starts is None or mask is not None:
             clean = inputs.cleaned()
             used = resolve_starts(request, clean.query, clean.key, options.scale, clean.real)
         else:
             used = resolve_starts(request, inputs.query, inputs.key, options.scale, None)
         inputs = inputs._replace(starts=used)
-        _check_logits(inputs, largest[0] * largest[1])
+        _check_logits(inputs, largest[0] * largest[1], more)
         choice = choose_for(inputs, options.backend)
         forward = conv_basis_fwd(inputs, choice, result=query.dtype, max_bytes=budget)
     record_dispatch(forward.dispatch)
@@ -85,9 +111,10 @@ def attend(
     return Call(output, forward.lse.view(batch, heads, n), used, forward.dispatch)
 
 
-def _check_logits(inputs: Inputs, largest: float) -> None:
-    """Check that no logit overflows, given the product of the largest entries of query and key."""
-    bound = largest * inputs.query.shape[-1] * max(1.0, abs(inputs.scale))
+def _check_logits(inputs: Inputs, largest: float, more: float) -> None:
+    """Check that no logit overflows, given the product of the largest entries of query and key, and the
+    sum of the largest biases."""
+    bound = largest * inputs.query.shape[-1] * max(1.0, abs(inputs.scale)) + more
     if bound < torch.finfo(inputs.work).max / 4:
         return
     clean = inputs.cleaned()

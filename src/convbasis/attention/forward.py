@@ -15,7 +15,7 @@ from ..convolve.segments import segment_stops
 from ..convolve.sums import row_sums
 from ..dispatch import Dispatch
 from ..logits import segment_logits
-from .heads import attend_head
+from .heads import Head, attend_head
 from .segments import last_tokens
 
 # The largest relative error of an output row that a transform may leave. What a later token can do to
@@ -39,6 +39,10 @@ class Inputs(NamedTuple):
     scale: float
     work: torch.dtype
     """float32 or float64, to compute in."""
+    key_bias: Tensor | None = None
+    """``(P, R, n)``, added to the logits by key; None for none."""
+    lag_bias: Tensor | None = None
+    """``(P, R, n)``, added to the logits by lag; None for none."""
 
     def of(self, head: int, tokens: int) -> Inputs:
         """Return the first tokens of one head, of P·R, as one problem: views."""
@@ -55,6 +59,8 @@ class Inputs(NamedTuple):
             None if self.real is None else self.real[p, :tokens][None],
             self.scale,
             self.work,
+            None if self.key_bias is None else self.key_bias[p, r, :tokens][None, None],
+            None if self.lag_bias is None else self.lag_bias[p, r, :tokens][None, None],
         )
 
     def cleaned(self) -> Inputs:
@@ -66,12 +72,38 @@ class Inputs(NamedTuple):
             masks = (unreal[:, None], unreal, unreal)
             tensors = [t.masked_fill(mask, 0.0) for t, mask in zip(tensors, masks, strict=True)]
         query, key, value = tensors
-        return self._replace(query=query, key=key, value=value)
+        key_bias, lag_bias = (
+            None if bias is None else bias.to(self.work) for bias in (self.key_bias, self.lag_bias)
+        )
+        if key_bias is not None and self.real is not None:
+            key_bias = key_bias.masked_fill(~self.real[:, None], 0.0)
+        return self._replace(query=query, key=key, value=value, key_bias=key_bias, lag_bias=lag_bias)
 
     def logits(self) -> Tensor:
         """Return the segments' kernels of logits, ``(P, R, k, n)``, of cleaned inputs."""
         stop = None if self.real is None else last_tokens(self.real)[:, None, None]
-        return segment_logits(self.query, self.key, self.starts, self.scale, stop)
+        return segment_logits(self.query, self.key, self.starts, self.scale, stop, self.lag_bias)
+
+    def by_key(self) -> Tensor | None:
+        """Return what is added to the logits by key, ``(P, R, n)`` or ``(P, 1, n)``, of cleaned inputs.
+
+        It is the bias, and -inf at padding; None for neither.
+        """
+        if self.real is None:
+            return self.key_bias
+        bias = self.query.new_zeros((len(self.real), 1, 1)) if self.key_bias is None else self.key_bias
+        return bias.masked_fill(~self.real[:, None], -torch.inf)
+
+    def key_weights(self) -> tuple[Tensor, Tensor] | None:
+        """Return the weights of the keys, at most 1, ``(P, R, n)`` or ``(P, 1, n)``, and the logarithm
+        of what they were divided by, ``(P, R, 1)`` or ``(P, 1, 1)``, of cleaned inputs; None where all
+        are 1."""
+        bias = self.by_key()
+        if bias is None:
+            return None
+        peak = bias.amax(-1, keepdim=True)
+        peak = peak.masked_fill(peak == -torch.inf, 0.0)
+        return (bias - peak).exp(), peak
 
 
 class Forward(NamedTuple):
@@ -143,8 +175,10 @@ def _exact_rows(inputs: Inputs, heads: Tensor, rows: Tensor) -> tuple[Tensor, Te
             zero = clean.value.new_zeros((1, len(own), width))
             parts.append((zero, zero.new_full(zero.shape[:2], -torch.inf)))
             continue
+        bias = clean.by_key()
+        bias = None if bias is None else bias[:, 0]
         parts.append(
-            softmax_rows(clean.logits()[:, 0], clean.starts[:, 0], clean.value, own[None], clean.real)
+            softmax_rows(clean.logits()[:, 0], clean.starts[:, 0], clean.value, own[None], bias)
         )
     outputs, sums = (torch.cat(column) for column in zip(*parts, strict=True))
     return outputs, sums
@@ -194,17 +228,35 @@ def _one_head(
     keys = inputs.key[problem].index_select(0, first).to(dtype) * inputs.scale
     n = len(query)
     weights = torch.ones(n, dtype=dtype, device=query.device) if real is None else real.to(dtype)
+    offset = 0.0
     if real is not None:
         query, value = (t.masked_fill(~real[:, None], 0.0) for t in (query, value))
+    if inputs.key_bias is not None:
+        bias = inputs.key_bias[problem, head % sets].to(dtype)
+        offset = float(bias.amax() if real is None else bias[real].amax())
+        weights = weights * (bias - offset).clamp_(max=0.0).exp_()
+        value = value.to(dtype) * weights[:, None]
+    by_lag = None if inputs.lag_bias is None else inputs.lag_bias[problem, head % sets].to(dtype)
     if query.dtype != dtype and query.numel() * dtype.itemsize <= max_bytes:
         query, value = query.to(dtype), value.to(dtype)
-    done = attend_head(query, keys, value, weights, partition, result=result, max_bytes=max_bytes)
+
+    def attend(value: Tensor, weights: Tensor) -> Head:
+        return attend_head(
+            query,
+            keys,
+            value,
+            weights,
+            partition,
+            result=result,
+            max_bytes=max_bytes,
+            lag_bias=by_lag,
+        )
+
+    done = attend(value, weights)
 
     def magnitude() -> Tensor:
         norms = torch.linalg.vector_norm(value.to(dtype), dim=-1)
-        of_norms = attend_head(
-            query, keys, value[:, :0], norms, partition, result=result, max_bytes=max_bytes
-        )
+        of_norms = attend(value[:, :0], norms)
         return of_norms.normaliser * (of_norms.shift - done.shift).exp()
 
     tolerance = _TOLERANCE[inputs.work]
@@ -212,7 +264,7 @@ def _one_head(
     total, output = done.normaliser, done.output
     allowed = torch.stack([done.norms, total], dim=-1).mul_(tolerance)
     good = (done.noise <= allowed).all(-1).logical_and_(total >= least)
-    lse = total.log() + done.shift
+    lse = total.log() + done.shift + offset
     if bool(good.all()):
         return output, lse.to(inputs.work), torch.zeros_like(good)
     reached = torch.ones_like(good)
@@ -252,11 +304,15 @@ def _laid_out(clean: Inputs, result: torch.dtype) -> tuple[tuple[Tensor, Tensor]
     peak = logits.amax((-1, -2), keepdim=True)
     peak.masked_fill_(peak == -torch.inf, 0.0)
     matrices = (logits.sub_(peak).exp_(), clean.starts.flatten(0, 1))
-    if clean.real is None:
+    weighted = clean.key_weights()
+    peak = peak[..., 0].view(problems, sets, 1)
+    if weighted is None:
         total = logits.new_zeros((problems * sets, n))
-        output = direct_product(*matrices, _by_set(clean.value, sets), row_sums=total)
+        output = direct_product(*matrices, _by_set(clean.value[:, None], sets), row_sums=total)
     else:
-        columns = torch.cat([clean.value, clean.real.to(clean.work)[..., None]], dim=-1)
+        weights, offset = weighted
+        peak = peak + offset
+        columns = torch.cat([clean.value[:, None] * weights[..., None], weights[..., None]], dim=-1)
         output, total = direct_product(*matrices, _by_set(columns, sets)).tensor_split([-1], dim=-1)
         total = total[..., 0]
     least = torch.finfo(clean.work).tiny / torch.finfo(clean.work).eps
@@ -264,13 +320,13 @@ def _laid_out(clean: Inputs, result: torch.dtype) -> tuple[tuple[Tensor, Tensor]
     if clean.real is not None:
         lost &= _visible_rows(clean.real).repeat_interleave(sets, dim=0)
         total = torch.where(total > 0, total, 1.0)
-    lse = total.log() + peak[..., 0]
+    lse = total.log() + peak.flatten(0, 1)
     return (output.div_(total[..., None]).to(result), lse.to(result)), lost
 
 
 def _by_set(columns: Tensor, sets: int) -> Tensor:
-    """Return columns ``(P, n, c)`` for each of the query heads that share them, ``(P·R, n, c)``."""
-    return columns[:, None].expand(-1, sets, -1, -1).flatten(0, 1)
+    """Return columns ``(P, 1 or R, n, c)`` for each of the query heads, ``(P·R, n, c)``."""
+    return columns.expand(-1, sets, -1, -1).flatten(0, 1)
 
 
 def _by_logits(clean: Inputs, max_bytes: int) -> tuple[tuple[Tensor, ...], tuple[int, int, int]]:
@@ -280,16 +336,31 @@ def _by_logits(clean: Inputs, max_bytes: int) -> tuple[tuple[Tensor, ...], tuple
     logits = clean.logits()
     flat_logits = logits.reshape(groups, -1, n)
     flat_starts = clean.starts.expand(problems, sets, -1).reshape(groups, -1)
+    weighted = clean.key_weights()
+    weights = offset = None
+    value = clean.value[:, None]
+    if weighted is not None:
+        weights, offset = weighted
+        value = value * weights[..., None]
+
+    def flat(tensor: Tensor, chosen: Tensor) -> Tensor:
+        """Return the part of some heads of a tensor that all heads of a problem may share."""
+        own = chosen // sets, chosen % sets if tensor.shape[1] > 1 else 0
+        return tensor[own][:, None]
 
     def transform(chosen: Tensor | None, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], Tensor]:
-        parts, mask = (logits, clean.starts, clean.value[:, None]), clean.real
+        parts, mask, more = (logits, clean.starts, value), clean.real, weights
         if chosen is not None:
-            owner = chosen // sets
-            parts = (flat_logits[chosen, None], flat_starts[chosen, None], clean.value[owner, None])
-            mask = None if clean.real is None else clean.real[owner]
+            parts = (flat_logits[chosen, None], flat_starts[chosen, None], flat(value, chosen))
+            mask = None if clean.real is None else clean.real[chosen // sets]
+            more = None if weights is None else flat(weights, chosen)
+        if clean.key_bias is None:
+            more = None  # whether a key counts is all that there is to say
         output, lse, lost = _transform(
-            parts[0].to(dtype), parts[1], parts[2].to(dtype), mask, clean.work, max_bytes
+            parts[0].to(dtype), parts[1], parts[2].to(dtype), mask, more, clean.work, max_bytes
         )
+        if offset is not None:
+            lse = lse + (offset if chosen is None else flat(offset, chosen))
         return (output.flatten(0, 1), lse.flatten(0, 1)), lost.reshape(-1, n)
 
     return evaluate_safely(transform, lambda heads, rows: _exact_rows(clean, heads, rows), clean.work)
@@ -300,6 +371,7 @@ def _transform(
     starts: Tensor,
     value: Tensor,
     real: Tensor | None,
+    weights: Tensor | None,
     result: torch.dtype,
     max_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -308,7 +380,7 @@ def _transform(
     peak = peak.masked_fill(peak == -torch.inf, 0.0)
     kernels = (logits - peak).exp()
     numerator, noise = fft_product(kernels, starts, value, max_bytes)
-    normaliser, doubtful = _normaliser(kernels, starts, real, max_bytes)
+    normaliser, doubtful = _normaliser(kernels, starts, real, weights, max_bytes)
 
     def magnitude() -> Tensor:
         norms = torch.linalg.vector_norm(value, dim=-1, keepdim=True)
@@ -338,13 +410,19 @@ def _transform(
 
 
 def _normaliser(
-    kernels: Tensor, starts: Tensor, real: Tensor | None, max_bytes: int
+    kernels: Tensor,
+    starts: Tensor,
+    real: Tensor | None,
+    weights: Tensor | None,
+    max_bytes: int,
 ) -> tuple[Tensor, Tensor]:
     """Return the row sums over real keys, float64 ``(P, R, n)``, and which of them are doubtful."""
     n = kernels.shape[-1]
     stops = segment_stops(starts, n)
     # Below this, entries of a row have left the range of normal numbers.
     least = torch.finfo(kernels.dtype).tiny / torch.finfo(kernels.dtype).eps
+    if weights is not None:
+        return _weighted_sums(kernels, starts, weights, least, max_bytes)
     if real is None:
         sums = row_sums(kernels, starts, stops)
         return sums, sums < least
@@ -357,8 +435,15 @@ def _normaliser(
     if bool((before.gather(-1, ends) - before.gather(-1, starts) == count).all()):
         sums = row_sums(kernels, starts, ends)
         return sums, sums < least
-    weight = real[:, None, :, None].double()
-    sums, noise = fft_product(kernels.double(), starts, weight, max_bytes)
+    return _weighted_sums(kernels, starts, real[:, None], least, max_bytes)
+
+
+def _weighted_sums(
+    kernels: Tensor, starts: Tensor, weights: Tensor, least: float, max_bytes: int
+) -> tuple[Tensor, Tensor]:
+    """Return row sums with weights ``(P, R or 1, n)``, float64, and which of them are doubtful."""
+    columns = weights[..., None].double()
+    sums, noise = fft_product(kernels.double(), starts, columns, max_bytes)
     sums = sums[..., 0]
     good = noise <= sums * 1e-12
     return sums, ~(good & (sums >= least))

@@ -39,17 +39,19 @@ def attend_head(
     *,
     result: torch.dtype,
     max_bytes: int,
+    lag_bias: Tensor | None = None,
 ) -> Head:
     """Return softmax attention of one head.
 
     Args:
         query: ``(n, d)``, of any floating-point dtype.
         first_keys: ``(k, d)`` in the dtype to work in, already multiplied with the scale.
-        value: ``(n, d_v)``, of any floating-point dtype, zero at padding.
-        weights: ``(n,)``, 1 for keys that count, 0 for padding.
+        value: ``(n, d_v)``, of any floating-point dtype, already multiplied with the weights.
+        weights: ``(n,)``, of the keys in the normaliser: 0 for padding.
         partition: of the matrix.
         result: dtype of the output.
         max_bytes: bound on the memory of the spectra of value, in bytes.
+        lag_bias: ``(n,)``, added to the logits by lag, in the dtype to work in; None for none.
 
     Complexity:
         O(k n d + n d_v log N + k n log N + p n d_v N / M) time with p pieces, blocks of M rows and
@@ -62,7 +64,7 @@ def attend_head(
     squares = torch.zeros(n, dtype=work, device=device)
     shifts: list[float] = []
     energies = []
-    windows = LogitWindows(query, first_keys, partition)
+    windows = LogitWindows(query, first_keys, partition, lag_bias)
     for block in partitioned_blocks(windows, partition, value, weights, max_bytes):
         rows, columns = slice(*block.rows), slice(*block.columns)
         blocks, count, height = block.values.shape

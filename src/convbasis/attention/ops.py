@@ -7,8 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..convolve import DEFAULT_MAX_BYTES
+from ..errors import ConvBasisError
 from .backward import conv_basis_bwd
-from .call import Options, attend, folded
+from .call import Biases, Options, attend, folded
+from .gradients import Wanted
 from .segments import check_segments
 
 
@@ -19,6 +22,8 @@ def attention_op(
     value: Tensor,
     starts: Tensor | None,
     key_padding_mask: Tensor | None,
+    key_bias: Tensor | None,
+    lag_bias: Tensor | None,
     num_bases: int | None,
     segment_length: int | None,
     window: int,
@@ -48,7 +53,8 @@ def attention_op(
         search=search,
         warn=False,
     )
-    call = attend(query, key, value, request, key_padding_mask, Options(scale, backend, max_bytes))
+    biases, options = Biases(key_bias, lag_bias), Options(scale, backend, max_bytes)
+    call = attend(query, key, value, request, key_padding_mask, biases, options)
     missing = _num_starts(n, starts, num_bases, segment_length) - call.starts.shape[-1]
     used = torch.nn.functional.pad(call.starts, (0, missing), value=n)
     return call.output.contiguous(), call.lse.contiguous(), used.clone()
@@ -56,7 +62,16 @@ def attention_op(
 
 @attention_op.register_fake
 def _(  # type: ignore[no-untyped-def]
-    query, key, value, starts, key_padding_mask, num_bases, segment_length, *_options
+    query,
+    key,
+    value,
+    starts,
+    key_padding_mask,
+    key_bias,
+    lag_bias,
+    num_bases,
+    segment_length,
+    *_options,
 ):
     batch, heads, n, _ = query.shape
     work = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -89,11 +104,18 @@ def attention_backward_op(
     lse: Tensor,
     starts: Tensor,
     key_padding_mask: Tensor | None,
+    key_bias: Tensor | None,
+    lag_bias: Tensor | None,
     scale: float,
+    gradient: str,
+    backend: str,
     max_bytes: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of `attention_op` with respect to query, key and value."""
-    inputs = folded(query, key, value, key_padding_mask, scale)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of `attention_op` with respect to query, key, value and the biases.
+
+    Those of biases that were not given are empty.
+    """
+    inputs = folded(query, key, value, key_padding_mask, Biases(key_bias, lag_bias), scale)
     shape = inputs.query.shape[:2]
     inputs = inputs._replace(starts=starts.reshape(*shape, -1))
     with torch.autocast(query.device.type, enabled=False):
@@ -103,19 +125,42 @@ def attention_backward_op(
             lse.view(*shape, -1),
             grad_output.reshape(*shape, *output.shape[2:]),
             grad_lse.reshape(*shape, -1),
-            max_bytes,
+            Wanted(
+                gradient,
+                lag_bias is not None,
+                backend,
+                DEFAULT_MAX_BYTES if max_bytes is None else max_bytes,
+            ),
         )
-    tensors = (query, key, value)
-    first, second, third = (
-        grad.reshape(tensor.shape).to(tensor.dtype).contiguous()
+    tensors = (query, key, value, key_bias, lag_bias)
+    results = [
+        query.new_empty(0)
+        if tensor is None or grad is None
+        else grad.reshape(tensor.shape).to(tensor.dtype).contiguous()
         for grad, tensor in zip(grads, tensors, strict=True)
-    )
-    return first, second, third
+    ]
+    return results[0], results[1], results[2], results[3], results[4]
 
 
 @attention_backward_op.register_fake
-def _(grad_output, grad_lse, query, key, value, *_others):  # type: ignore[no-untyped-def]
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+def _(  # type: ignore[no-untyped-def]
+    grad_output,
+    grad_lse,
+    query,
+    key,
+    value,
+    output,
+    lse,
+    starts,
+    key_padding_mask,
+    key_bias,
+    lag_bias,
+    *_options,
+):
+    return tuple(
+        query.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape)
+        for tensor in (query, key, value, key_bias, lag_bias)
+    )
 
 
 class ConvBasisAttentionFunction(torch.autograd.Function):
@@ -128,6 +173,8 @@ class ConvBasisAttentionFunction(torch.autograd.Function):
         value: Tensor,
         starts: Tensor | None,
         mask: Tensor | None,
+        key_bias: Tensor | None,
+        lag_bias: Tensor | None,
         num_bases: int | None,
         segment_length: int | None,
         window: int,
@@ -137,6 +184,7 @@ class ConvBasisAttentionFunction(torch.autograd.Function):
         scale: float,
         backend: str,
         max_bytes: int | None,
+        gradient: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Run `attention_op`."""
         with torch.no_grad():
@@ -146,6 +194,8 @@ class ConvBasisAttentionFunction(torch.autograd.Function):
                 value,
                 starts,
                 mask,
+                key_bias,
+                lag_bias,
                 num_bases,
                 segment_length,
                 window,
@@ -160,15 +210,15 @@ class ConvBasisAttentionFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         """Save the inputs, the results and the segments."""
-        query, key, value, _, mask, *_, scale, _, max_bytes = inputs
+        query, key, value, _, mask, key_bias, lag_bias, *_, scale, backend, max_bytes, gradient = inputs
         ctx.mark_non_differentiable(output[2])
-        ctx.save_for_backward(query, key, value, *output)
-        ctx.mask, ctx.scale, ctx.max_bytes = mask, scale, max_bytes
+        ctx.save_for_backward(query, key, value, mask, key_bias, lag_bias, *output)
+        ctx.options = scale, gradient, backend, max_bytes
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         """Run `attention_backward_op`."""
-        query, key, value, output, lse, starts = ctx.saved_tensors
+        query, key, value, mask, key_bias, lag_bias, output, lse, starts = ctx.saved_tensors
         with torch.no_grad():
             found = attention_backward_op(
                 grads[0],
@@ -179,8 +229,30 @@ class ConvBasisAttentionFunction(torch.autograd.Function):
                 output,
                 lse,
                 starts,
-                ctx.mask,
-                ctx.scale,
-                ctx.max_bytes,
+                mask,
+                key_bias,
+                lag_bias,
+                *ctx.options,
             )
-        return (*found, *(None,) * 11)
+        if torch.is_grad_enabled():  # somebody may want to differentiate once more
+            found = [_NoSecondDerivative.apply(grad, *grads[:2]) for grad in found]
+        of_key_bias = None if key_bias is None else found[3]
+        of_lag_bias = None if lag_bias is None else found[4]
+        return (*found[:3], None, None, of_key_bias, of_lag_bias, *(None,) * 10)
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """A gradient that refuses to be differentiated again, rather than passing for a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *sources: Tensor) -> Tensor:
+        """Return the gradient."""
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        """Refuse."""
+        raise ConvBasisError(
+            "the gradient of conv_basis_attention was differentiated once more; only first derivatives "
+            "are implemented: detach the gradient, or use exact attention where second ones are needed"
+        )

@@ -116,6 +116,12 @@ def resolve_starts(
     return starts if real is None else _to_real_keys(starts.expand(problems, sets, -1), real)
 
 
+def same_for_all(starts: Tensor) -> Tensor:
+    """Return starts ``(P, R, k)`` as ``(1, 1, k)`` where all heads have the same."""
+    first = starts[:1, :1]
+    return first if bool((starts == first).all()) else starts
+
+
 def last_tokens(real: Tensor) -> Tensor:
     """Return one more than the position of the last real token, 0 where there is none, ``(P,)``."""
     tokens = torch.arange(1, real.shape[-1] + 1, device=real.device)

@@ -11,12 +11,14 @@ from ..dispatch import Dispatch
 from .choice import DEFAULT_MAX_BYTES, Work, choose
 from .direct import direct_product
 from .fft import fft_kernel_gradient, fft_product
+from .gradients import partitioned_transposed
 from .guard import lost_rows, reached_rows
 from .partition import Partition, Sizes
-from .partitioned import partitioned_blocks, partitioned_transposed, row_noise
+from .partitioned import partitioned_blocks
 from .reference import product_rows
 from .rescue import evaluate_safely
 from .segments import segment_stops
+from .spectra import row_noise
 from .windows import KernelWindows, LogitWindows
 
 # The largest relative error of a row of a product that a transform may leave.

@@ -18,8 +18,8 @@ import torch
 from ..dispatch import check_backend
 from .lengths import fast_length
 from .partition import Sizes
-from .partitioned import FEW_PIECES, column_step, group_blocks
 from .rates import Rates, rates
+from .spectra import FEW_PIECES, column_step, group_blocks
 
 DEFAULT_MAX_BYTES = 1 << 30
 """Working memory of the transforms, in bytes, where the caller names none."""
@@ -80,18 +80,37 @@ def choose(backend: str, work: Work) -> Choice:
     return _least(backend, work, rates(work.device, torch.get_num_threads()))
 
 
+class Times(NamedTuple):
+    """Modelled seconds of the best partition, and of direct evaluation."""
+
+    partitioned: float
+    direct: float
+    sizes: Sizes
+
+
 @functools.lru_cache(maxsize=1024)
-def _least(backend: str, work: Work, table: Rates) -> Choice:
-    """Return the choice between partitions and, for ``"auto"``, backends: the least modelled time."""
-    seconds, sizes = min(
+def _times(work: Work, table: Rates) -> Times:
+    partitioned, sizes = min(
         ((cost(partitioned_amounts(work, sizes), table), sizes) for sizes in candidates(work)),
         key=lambda pair: pair[0],
     )
+    return Times(partitioned, cost(direct_amounts(work), table), sizes)
+
+
+def least_partition(work: Work) -> Times:
+    """Return the best partition for a product, its modelled time, and that of direct evaluation."""
+    return _times(work, rates(work.device, torch.get_num_threads()))
+
+
+@functools.lru_cache(maxsize=1024)
+def _least(backend: str, work: Work, table: Rates) -> Choice:
+    """Return the choice between partitions and, for ``"auto"``, backends: the least modelled time."""
+    seconds, direct, sizes = _times(work, table)
     chosen = f"pieces of {sizes.piece}, transforms of {sizes.transform}"
     if backend == "partitioned":
         return Choice(backend, f"requested; {chosen}", sizes)
     others = {
-        "direct": cost(direct_amounts(work), table),
+        "direct": direct,
         "fft": cost(fft_amounts(work), table),
     }
     best = min(others, key=lambda name: others[name])

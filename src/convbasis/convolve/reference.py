@@ -115,7 +115,7 @@ def product_rows(
 
 
 def softmax_rows(
-    logits: Tensor, starts: Tensor, value: Tensor, rows: Tensor, weight: Tensor | None
+    logits: Tensor, starts: Tensor, value: Tensor, rows: Tensor, key_bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Return the given rows of softmax attention under segmented logits, and their log-sum-exp.
 
@@ -125,7 +125,7 @@ def softmax_rows(
         starts: ``(G, k)``.
         value: ``(G, n, d_v)``.
         rows: ``(G, m)``, ascending.
-        weight: bool ``(G, n)``, False for keys that nobody sees; None for none.
+        key_bias: ``(G, n)``, added to the logits by key, -inf for keys that nobody sees; None for none.
 
     Returns:
         output ``(G, m, d_v)`` and lse ``(G, m)``: 0 and -inf for rows that see no key.
@@ -134,8 +134,8 @@ def softmax_rows(
     sums: dict[int, list[Tensor]] = {}
     for part, _, entries in row_blocks(logits, starts, rows, -torch.inf):
         extent = entries.shape[-1]
-        if weight is not None:
-            entries = entries.masked_fill(~weight[part, None, :extent], -torch.inf)
+        if key_bias is not None:
+            entries = entries + key_bias[part, None, :extent]
         peak = entries.detach().amax(-1, keepdim=True)
         empty = peak == -torch.inf
         weights = entries.sub(peak.masked_fill(empty, 0.0)).exp_()

@@ -87,16 +87,23 @@ class LogitWindows:
     above the diagonal are logits of -inf: no branch per segment.
     """
 
-    def __init__(self, query: Tensor, first_keys: Tensor, partition: Partition) -> None:
+    def __init__(
+        self,
+        query: Tensor,
+        first_keys: Tensor,
+        partition: Partition,
+        lag_bias: Tensor | None = None,
+    ) -> None:
         """Keep the inputs.
 
         Args:
             query: ``(n, d)``, of any floating-point dtype; converted block by block.
             first_keys: ``(k, d)``, already multiplied with the scale, in the dtype to work in.
             partition: of the matrix.
+            lag_bias: ``(n,)``, added to the logits by lag, in the dtype to work in; None for none.
         """
         self.device = query.device
-        self._query, self._keys = query, first_keys
+        self._query, self._keys, self._lag_bias = query, first_keys, lag_bias
         self._partition = partition
         self._starts = torch.tensor(partition.starts, device=query.device)
         # The last S rows of logits so far, of the segments that have begun.
@@ -123,8 +130,11 @@ class LogitWindows:
         torch.mm(self._keys[:count], self._query[low:high].to(dtype).t(), out=new)
         if filled < length:
             logits[:, filled:] = -torch.inf
+        rows = torch.arange(low, high, device=self.device)
+        if self._lag_bias is not None:
+            lags = (rows - self._starts[:count, None]).clamp_(min=0)
+            new += self._lag_bias[lags]
         if count > known:
-            rows = torch.arange(low, high, device=self.device)
             new[known:].masked_fill_(rows < self._starts[known:count, None], -torch.inf)
         if high < self._partition.n:
             self._kept = take("kept logits", (count, before), dtype, self.device)

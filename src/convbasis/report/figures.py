@@ -63,6 +63,26 @@ def times_figure(series: Sequence[Series], title: str, path: Path) -> None:
     _save(figure, path)
 
 
+def loss_figure(curves: Mapping[str, Sequence[float]], path: Path, *, smooth: int = 20) -> None:
+    """Draw training losses in nats per byte against steps, as running means of some steps.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    figure = _figure((7.5, 5))
+    axes = figure.add_subplot()
+    for name, losses in curves.items():
+        means = [
+            sum(losses[max(0, i - smooth + 1) : i + 1]) / min(smooth, i + 1) for i in range(len(losses))
+        ]
+        axes.plot(range(1, len(means) + 1), means, label=name)
+    axes.set_xlabel("steps")
+    axes.set_ylabel(f"training loss, nats per byte (mean of {smooth} steps)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    _save(figure, path)
+
+
 def attention_figure(triples: Sequence[Triple], curves: Sequence[Curve], path: Path) -> None:
     """Draw matrices (exact, approximation, difference) in rows and the curves beside them.
 
