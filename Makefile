@@ -31,6 +31,9 @@ bench: $(VENV)/.installed ## every benchmark; long
 	$(BIN)/python benchmarks/engine.py plot --threads 1
 	$(BIN)/python benchmarks/engine.py million
 	$(BIN)/python benchmarks/paper.py --threads 1
+	$(BIN)/python benchmarks/gradients.py --threads 1
+	$(BIN)/python benchmarks/train.py losses
+	$(BIN)/python benchmarks/train.py time
 
 # torch first and by itself, so that no other package's range chooses its build. The model package comes
 # without its dependencies, which would compile a runtime that is not needed to read the weights.
