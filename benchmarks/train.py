@@ -4,7 +4,7 @@
     python benchmarks/train.py time [--lengths 512 2048 8192] [--steps 50]
 
 `losses`: the same model, data, steps and number of parameters with each mixer; loss on validation text
-in nats per byte. Runs that are done are not run again. `time`: seconds and peak memory of training
+in nats per byte. What is done is not run again. `time`: seconds and peak memory of training
 steps, each mixer in a process of its own for memory, all of them in turn in one process for time. Both
 write JSON into benchmarks/results and a table to the screen.
 """
@@ -80,12 +80,14 @@ def losses(options: argparse.Namespace) -> None:
     found: dict[str, dict[str, object]] = {}
     if options.output.exists():
         found = json.loads(options.output.read_text())["runs"]
-    left = [
-        (name, config, options)
+    wanted = {
+        config.name(): (name, config, options)
         for name, length, seed in jobs
         for config in [config_of(name, length, seed, steps=options.steps)]
-        if config.name() not in found
-    ]
+    }
+    # Runs of other settings, more steps say, are not to be mixed with these.
+    found = {key: result for key, result in found.items() if key in wanted}
+    left = [job for key, job in wanted.items() if key not in found]
     with multiprocessing.get_context("spawn").Pool(options.workers) as pool:
         for key, result in pool.imap_unordered(_one_run, left):
             found[key] = result
@@ -125,25 +127,23 @@ def table(found: dict[str, dict[str, object]], options: argparse.Namespace) -> N
             for name in MIXERS
         }
         base = by_name["softmax, output gate"]
+        if not base:
+            continue
         for name, values in by_name.items():
             if not values:
                 continue
             mean = statistics.fmean(values.values())
             spread = f" ± {statistics.stdev(values.values()):.4f}" if len(values) > 1 else ""
-            same = statistics.fmean(base[seed] for seed in values)  # of the same seeds
+            same = statistics.fmean(base[seed] for seed in values if seed in base)
             count = next(r["parameters"] for r in found.values() if r["name"] == name)
             print(
                 f"| {name} | {length:,} | {mean:.4f}{spread} | {mean / same - 1:+.2%} | {len(values)} "
                 f"| {count:,} |"
             )
         curves = {
-            name: next(
-                r["losses"]
-                for r in found.values()
-                if r["name"] == name and r["n"] == length and r["seed"] == 0
-            )
-            for name, values in by_name.items()
-            if values
+            run["name"]: run["losses"]
+            for run in found.values()
+            if run["n"] == length and run["seed"] == 0
         }
         loss_figure(curves, ROOT / f"docs/figures/train-{length}.png")
 
@@ -161,10 +161,16 @@ def _peak(config: Config) -> float:
 
 def timing(options: argparse.Namespace) -> None:
     corpus = read_corpus("python")
-    rows = []
+    rows: list[dict[str, object]] = []
+    settings = {**versions(), "batch": options.batch, "steps": options.steps}
+    if options.output.exists():  # lengths that are done are not measured again
+        known = json.loads(options.output.read_text())
+        rows = known["rows"] if {**known, "rows": None} == {**settings, "rows": None} else []
     print("| mixer | n | gated softmax's step / this one's | step | peak memory of the process |")
     print("|---|---|---|---|---|")
     for length in options.lengths:
+        if any(row["n"] == length for row in rows):
+            continue
         names = [name for name in MIXERS if "output gate" in name]
         trainers = {
             name: Trainer(config_of(name, length, 0, batch=options.batch), corpus) for name in names
@@ -187,7 +193,7 @@ def timing(options: argparse.Namespace) -> None:
                 f"| {name} | {length:,} | {ratio:.2f}x | {times[name] * 1e3:,.0f} ms | {peak:.2f} GB |",
                 flush=True,
             )
-        write(options.output, {**versions(), "batch": options.batch, "rows": rows})
+        write(options.output, {**settings, "rows": rows})
 
 
 def main() -> None:

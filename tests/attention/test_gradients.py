@@ -106,6 +106,35 @@ class TestOfTheForwardPass:
             assert all(grad.dtype == dtype for grad in found)
             assert_gradients(oracle(tensors, weight, starts), found, limit)
 
+    @pytest.mark.parametrize("kind", ["left", "right", "holes"])
+    def test_with_padding_where_transforms_matter(self, kind):
+        """Also where a row that is evaluated by itself is padding between real tokens."""
+        n = 400
+        tokens = torch.arange(n)
+        real = {"left": tokens >= 70, "right": tokens < 333, "holes": tokens % 7 != 3}[kind][None]
+        starts = torch.tensor([0, 90, 200, 310])
+        for dtype, limit in ((torch.float64, 1e-9), (torch.float32, 1e-5)):
+            tensors = inputs(n, dtype=dtype, size=3.0)
+            tensors[0] = tensors[0].masked_fill(~real[:, None, :, None], 0.0)
+            tensors[0][:, :, 30:33] -= 8.0 * tensors[1][:, :, :1]
+            tensors[0] = tensors[0].masked_fill(~real[:, None, :, None], 0.0)
+            weight = incoming(tensors)
+            past = tokens >= (333 if kind == "right" else n)
+            weight[:, :, past | (tokens < 70 if kind == "left" else past)] = 0.0
+            expected = oracle(tensors, weight, starts, real)
+            for backend in WAYS:
+                found = gradients(
+                    tensors, weight, starts=starts, backend=backend, key_padding_mask=real
+                )
+                masked = []
+                for name, grad in zip(NAMES, expected, strict=True):
+                    if name == "lag_bias":
+                        masked.append(grad)
+                        continue
+                    mask = real[:, None, :] if name == "key_bias" else real[:, None, :, None]
+                    masked.append(grad.masked_fill(~mask, 0.0))
+                assert_gradients(masked, found, limit)
+
     def test_rows_of_very_different_size(self):
         """Rows that see one small weight stand beside others with huge ones."""
         tensors = inputs(500, dtype=torch.float32, size=6.0, d=8)
@@ -257,7 +286,8 @@ class TestCausality:
         tensors = inputs(n)
         starts = random_starts(n, 9, gen(3))
         borders = [int(s) for s in starts[1:4]]
-        for i in (0, 5, 100, 209, *borders, *(b - 1 for b in borders)):
+        anywhere = torch.randint(n, (4,), generator=gen(8)).tolist()
+        for i in (0, n - 2, *anywhere, *borders, *(b - 1 for b in borders)):
             weight = torch.zeros_like(incoming(tensors))
             weight[:, :, i] = 1.0
             found = gradients(tensors, weight, starts=starts, backend=backend, gradient=gradient)
@@ -276,7 +306,9 @@ class TestBiases:
         starts = torch.tensor([0, 40, 41, 100, 200])
         tokens = torch.arange(230)
         whole = [key_bias, lag_bias.expand(2, 4, 230)]
-        for real in (None, torch.stack([tokens >= 60, tokens < 180])):
+        holes = torch.rand(2, 230, generator=gen(3)) < 0.7
+        holes[:, 228:] = True
+        for real in (None, torch.stack([tokens >= 60, tokens < 180]), holes):
             if real is not None:
                 query = query.masked_fill(~real[:, None, :, None], 0.0)
             expected, lse = reference.conv_basis_attention(
@@ -296,10 +328,13 @@ class TestBiases:
                 lag_bias=lag_bias,
                 backend=backend,
             )
-            seen = stats.lse.isfinite()
+            seen = torch.ones(2, 4, 230, dtype=torch.bool)
+            if real is not None:
+                between = real.cummax(-1).values & real.flip(-1).cummax(-1).values.flip(-1)
+                seen = between[:, None].expand(2, 4, 230)
+            assert torch.equal(stats.lse.isfinite(), seen)
             limit = 1e-10 if dtype == torch.float64 else 1e-5
-            # Rows after the last real token are padding themselves: 0.
-            rows = seen if real is None else seen & real[:, None]
+            rows = seen  # those before the first and after the last real token are 0
             assert_close(
                 expected[rows][None], stats.output[rows][None].double(), whole=limit, row=10 * limit
             )
@@ -467,6 +502,7 @@ class TestObjective:
             ({"Y": Y.float()}, "Y has dtype"),
             ({"A3": A3 / 0.0}, "A3 holds"),
             ({"A1": [1.0]}, "A1 is a list"),
+            ({"A1": A1[:0]}, "there is nothing to attend to"),
         ):
             given = {"A1": A1, "A2": A2, "A3": A3, "X": X, "Y": Y, "E": E, **changed}
             with pytest.raises(cb.InputError, match=message):

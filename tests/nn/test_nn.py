@@ -193,14 +193,53 @@ class TestCache:
             rest = attention(x[:, 20:], cache=cache)
             assert torch.allclose(torch.cat([first, rest], 1), attention(x), atol=1e-5)
 
-    def test_gradients_stay_within_the_chunk(self):
-        attention = layer()
-        x = tokens(40).requires_grad_()
+    @pytest.mark.parametrize("kv_heads", [2, 4])
+    def test_gradients_stay_within_the_chunk(self, kv_heads):
+        """They are those of the whole, if the tokens before are taken as constants."""
+        attention = layer(num_kv_heads=kv_heads).double()
+        x = tokens(40, dtype=torch.float64)
         cache = cb.nn.ConvBasisCache()
-        attention(x[:, :20], cache=cache)
-        attention(x[:, 20:], cache=cache).sum().backward()
+        total = 0.0
+        inputs = [part.clone().requires_grad_() for part in x.split([20, 9, 11], dim=1)]
+        for part in inputs:
+            total = total + attention(part, cache=cache).square().sum()
+        total.backward()
         assert not cache.values.requires_grad
-        assert x.grad is None or (x.grad[:, :20] == 0).all()
+        names = dict(attention.named_parameters())
+        found = {name: p.grad.clone() for name, p in names.items()}
+        attention.zero_grad()
+        whole = x.clone().requires_grad_()
+        attention(whole)[:, :20].square().sum().backward()
+        assert torch.allclose(inputs[0].grad, whole.grad[:, :20], rtol=1e-6, atol=1e-9)
+        for name, grad in found.items():  # every chunk has its part
+            assert (grad - names[name].grad).norm() > 1e-3 * grad.norm(), name
+        assert all((part.grad.abs().amax(-1) > 0).all() for part in inputs)
+
+    def test_nan_in_a_later_chunk_is_refused_and_leaves_the_cache(self):
+        attention, x = layer(), tokens(30)
+        cache = cb.nn.ConvBasisCache()
+        with torch.no_grad():
+            first = attention(x[:, :20], cache=cache)
+            with pytest.raises(cb.InputError, match="NaN or Inf"):
+                attention(torch.full((2, 5, 32), math.nan), cache=cache)
+            rest = attention(x[:, 20:], cache=cache)
+            assert torch.allclose(torch.cat([first, rest], 1), attention(x), atol=1e-5)
+
+    def test_under_autocast(self):
+        attention, x = layer(), tokens(60)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            whole = attention(x)
+            parts = in_chunks(attention, x, 13)[0]
+            empty = attention(x[:, :0])
+        assert parts.dtype == whole.dtype == empty.dtype == torch.bfloat16
+        assert (parts - whole).abs().max() <= 0.03 * whole.abs().max()
+
+    def test_a_call_that_fails_does_not_take_the_cache(self):
+        cache = cb.nn.ConvBasisCache()
+        with pytest.raises(cb.InputError):
+            layer()(torch.full((2, 5, 32), math.nan), cache=cache)
+        layer(seed=1)(tokens(5), cache=cache)
+        assert cache.length == 5
 
     def test_the_wrong_cache_is_refused(self):
         attention, x = layer(), tokens(20)
@@ -297,6 +336,9 @@ def test_state_dict_and_repr_are_stable():
         ((32, 4), {"segment_length": 0}, "segment_length=0"),
         ((32, 4), {"segment_growth": -1.0}, "segment_growth=-1.0"),
         ((32, 4), {"dropout": 1.0}, "dropout=1.0 is not a probability"),
+        ((32, 4), {"dropout": "x"}, "dropout='x' is not a probability"),
+        ((32, 4), {"rotary_base": 0.0}, "rotary_base=0.0 is not above 1"),
+        ((32, 4), {"max_bytes": 0}, "max_bytes=0"),
         ((32, 4), {"gradient": "other"}, "gradient='other' is not known"),
         ((32, 4), {"backend": "magic"}, "backend='magic' is not known"),
     ],
@@ -309,6 +351,7 @@ def test_bad_options_are_refused(arguments, options, message):
 def test_bad_input_is_refused():
     attention = layer()
     for x, message in (
+        ([[0.0] * 32], "hidden_states is a list"),
         (torch.zeros(5, 32), r"hidden_states has shape \(5, 32\)"),
         (torch.zeros(1, 5, 16), r"\(batch, tokens, 32\) is wanted"),
         (torch.full((1, 5, 32), math.nan), "NaN"),
@@ -321,3 +364,10 @@ def test_bad_input_is_refused():
         with pytest.raises(cb.InputError, match=message):
             attention(x)
     assert attention(torch.zeros(2, 0, 32)).shape == (2, 0, 32)
+    growing = layer(segment_growth=1.0)
+    with pytest.raises(cb.InputError, match="document_lengths is 9; give a list"):
+        growing(torch.zeros(1, 9, 32), document_lengths=9)
+    both = torch.tensor([4, 5])
+    assert torch.equal(
+        growing(tokens(9), document_lengths=both), growing(tokens(9), document_lengths=[4, 5])
+    )

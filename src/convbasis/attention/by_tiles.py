@@ -1,4 +1,4 @@
-"""The gradients with the matrix laid out, a tile at a time: O(n^2) time, and no n×n array.
+"""The gradients with the matrix laid out, a tile at a time: O(n^2) time and O(k n) memory.
 
 It is the way for short sequences, and for the queries and keys of ``gradient="attention"``.
 """

@@ -25,8 +25,9 @@ _RANGE = {torch.float32: 1 / 256, torch.float64: 1e-4}
 # More irregular rows than this part of a head, and than this number, are too many to be evaluated one
 # by one.
 _SHARE, _FEW = 0.02, 64
-# The largest expected rounding error of a gradient, relative to it in the Euclidean norm.
-_TOLERANCE = {torch.float32: 3e-5, torch.float64: 1e-9}
+# The largest expected rounding error of a float32 gradient, relative to it in the Euclidean norm. That
+# of # values and kernels is known; products for queries and keys of attention have the same matrix.
+_TOLERANCE = 3e-5
 
 
 def head_gradients(
@@ -132,14 +133,13 @@ class _Head:
             logarithmic=True,
         )
         assert products.weights is not None
-        tolerance = _TOLERANCE[self.dtype]
         if self.dtype != torch.float64:
             of_x = torch.linalg.vector_norm(products.noise) / torch.linalg.vector_norm(products.x)
-            if not float(of_x) <= tolerance:
+            if not float(of_x) <= _TOLERANCE:
                 return None
             if products.columns is not None:
                 size = float(torch.linalg.vector_norm(products.columns))
-                if not products.column_noise <= tolerance * size:
+                if not products.column_noise <= _TOLERANCE * size:
                     return None
         of_value = self.weigh(products.x)
         of_bias = of_lag = None

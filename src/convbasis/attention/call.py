@@ -64,6 +64,7 @@ def folded(
         compute_dtype(query.dtype),
         by_key,
         by_lag,
+        None if mask is None else last_tokens(mask).repeat_interleave(kv_heads),
     )
 
 
@@ -119,7 +120,7 @@ def _check_logits(inputs: Inputs, largest: float, more: float) -> None:
         return
     clean = inputs.cleaned()
     logits = clean.logits()
-    stop = None if clean.real is None else last_tokens(clean.real)[:, None, None]
+    stop = None if clean.stop is None else clean.stop[:, None, None]
     outside = ~lag_mask(clean.starts, logits.shape[-1], stop)
     if not bool((logits.isfinite() | outside).all()):
         raise InputError(

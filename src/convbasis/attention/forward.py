@@ -16,7 +16,6 @@ from ..convolve.sums import row_sums
 from ..dispatch import Dispatch
 from ..logits import segment_logits
 from .heads import Head, attend_head
-from .segments import last_tokens
 
 # The largest relative error of an output row that a transform may leave. What a later token can do to
 # an earlier row is of that size, and causality is promised to 1e-12 and 1e-5.
@@ -43,6 +42,8 @@ class Inputs(NamedTuple):
     """``(P, R, n)``, added to the logits by key; None for none."""
     lag_bias: Tensor | None = None
     """``(P, R, n)``, added to the logits by lag; None for none."""
+    stop: Tensor | None = None
+    """``(P,)``, one more than the last real token of the whole sequence; None where real is."""
 
     def of(self, head: int, tokens: int) -> Inputs:
         """Return the first tokens of one head, of P·R, as one problem: views."""
@@ -61,6 +62,7 @@ class Inputs(NamedTuple):
             self.work,
             None if self.key_bias is None else self.key_bias[p, r, :tokens][None, None],
             None if self.lag_bias is None else self.lag_bias[p, r, :tokens][None, None],
+            None if self.stop is None else self.stop[p].clamp(max=tokens)[None],
         )
 
     def cleaned(self) -> Inputs:
@@ -81,7 +83,7 @@ class Inputs(NamedTuple):
 
     def logits(self) -> Tensor:
         """Return the segments' kernels of logits, ``(P, R, k, n)``, of cleaned inputs."""
-        stop = None if self.real is None else last_tokens(self.real)[:, None, None]
+        stop = None if self.stop is None else self.stop[:, None, None]
         return segment_logits(self.query, self.key, self.starts, self.scale, stop, self.lag_bias)
 
     def by_key(self) -> Tensor | None:

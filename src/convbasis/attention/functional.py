@@ -105,8 +105,8 @@ def conv_basis_attention(
         gradient: what the backward pass computes. ``"forward"``: the gradient of this very function, in
             which queries and the keys at segment starts get gradients; for models that are trained with
             a conv basis. ``"attention"``: the gradient of exact attention with these attention weights
-            in place of its own (the paper's), which reaches every query and key; d times as much work.
-            That of value is the same in both.
+            in place of its own (the paper's), which reaches every query and key; d_v times as much
+            work. That of value is the same in both.
         backend: ``"partitioned"``, transforms of blocks; ``"direct"``, the matrix laid out some rows
             at a time, O(n^2); ``"fft"``, one transform of full length per basis; ``"reference"``,
             each row summed for itself in float64, O(n^2); or ``"auto"``, the least modelled time for

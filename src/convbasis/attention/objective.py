@@ -82,6 +82,8 @@ def attention_loss_and_gradient(
         check_float_tensor(name, tensor)
         if tensor.ndim != 2:
             raise InputError(f"{name} has shape {tuple(tensor.shape)}; a matrix is wanted")
+        if not tensor.numel():
+            raise InputError(f"{name} has shape {tuple(tensor.shape)}: there is nothing to attend to")
         check_finite(name, tensor)
     check_alike(**given)
     n, d = A1.shape

@@ -232,6 +232,8 @@ class _Job:
         assert self.columns is not None
         sizes = self.partition.sizes
         segments = len(recorded.rows)
+        if not segments:  # padding alone
+            return
         change = torch.fft.irfft(spectra, n=sizes.transform).transpose(0, 1)
         shape = (segments, recorded.blocks, sizes.transform)
         window = recorded.rows.as_strided(shape, (recorded.rows.stride(0), sizes.block, 1))
@@ -256,6 +258,14 @@ class _Job:
             whole = torch.fft.irfft(by_row(total, begin, end), n=sizes.transform)
             squares = torch.linalg.vector_norm(whole, dim=(1, 2)).double().square_()
             self.of_pieces[begin:end] += squares
+            first, last = partition.pieces[begin].low, partition.pieces[end - 1].high
+            if last - first == (end - begin) * sizes.piece:  # whole pieces, one after the other
+                own = whole[:, :, : sizes.piece]
+                self.of_x[first:last, low:high].unflatten(0, (-1, sizes.piece)).copy_(own[:, :count].mT)
+                if width > count:
+                    assert self.of_weights is not None
+                    self.of_weights[first:last].view(-1, sizes.piece).copy_(own[:, count])
+                continue
             for own, piece in zip(whole, partition.pieces[begin:end], strict=True):
                 length = piece.high - piece.low
                 self.of_x[piece.low : piece.high, low:high] = own[:count, :length].t()

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import conv_basis_attention
-from ..checks import check_gradient, check_nonnegative, check_positive_int, describe
+from ..attention.documents import check_documents
+from ..checks import check_finite, check_gradient, check_nonnegative, check_positive_int, describe
 from ..dispatch import check_backend
 from ..errors import InputError
 from .cache import ConvBasisCache
@@ -109,10 +110,14 @@ class ConvBasisAttention(nn.Module):
                 f"head_dim={self.head_dim} is odd, but rotary positions turn pairs; make it even "
                 "or give rotary_base=None"
             )
+        if rotary_base is not None and check_nonnegative("rotary_base", rotary_base) <= 1.0:
+            raise InputError(f"rotary_base={describe(rotary_base)} is not above 1")
+        if max_bytes is not None:
+            check_positive_int("max_bytes", max_bytes, "a number of bytes")
         self.segment_length = check_positive_int("segment_length", segment_length, "a number of tokens")
         self.segment_growth = check_nonnegative("segment_growth", segment_growth)
         self.rotary_base = rotary_base
-        if not 0.0 <= dropout < 1.0:
+        if not isinstance(dropout, int | float) or not 0.0 <= dropout < 1.0:
             raise InputError(f"dropout={describe(dropout)} is not a probability below 1")
         check_gradient(gradient)
         check_backend(backend)
@@ -169,7 +174,7 @@ class ConvBasisAttention(nn.Module):
                 )
             cache.check(self, query)
         if hidden_states.shape[1] == 0:
-            return hidden_states.new_zeros(hidden_states.shape)
+            return self.o_proj(query.transpose(1, 2).flatten(2))
         if first == 0:
             mixed = conv_basis_attention(
                 query,
@@ -187,21 +192,16 @@ class ConvBasisAttention(nn.Module):
             )
         if cache is not None:
             starts = segment_starts(n, self.segment_length, self.segment_growth)
-            longest = max(stop - start for start, stop in zip(starts, [*starts[1:], n], strict=True))
-            before = cache.queries
             biases = key_bias if key_bias is not None else query.new_zeros(query.shape[:3])
-            cache.extend(query, key, value, biases, starts, longest)
             if first:
-                assert before is not None
-                assert cache.first_keys is not None
-                assert cache.values is not None
-                assert cache.key_bias is not None
+                for name, tensor in (("query", query), ("key", key), ("value", value)):
+                    check_finite(name, tensor)
+                check_finite("key_bias", biases)
+            past = cache.extend(query, key, value, biases, starts)
+            if past is not None:
                 zero = query.new_zeros((self.num_heads, n))
                 mixed = attend_to_cache(
-                    torch.cat([before, query], dim=2),
-                    cache.first_keys,
-                    cache.values,
-                    cache.key_bias,
+                    past,
                     zero if lag_bias is None else lag_bias,
                     starts,
                     hidden_states.shape[1],
@@ -213,6 +213,8 @@ class ConvBasisAttention(nn.Module):
         return self.dropout(self.o_proj(mixed))
 
     def _check(self, hidden_states: Tensor) -> None:
+        if not isinstance(hidden_states, Tensor):
+            raise InputError(f"hidden_states is {describe(hidden_states)}; a tensor is wanted")
         if hidden_states.ndim != 3 or hidden_states.shape[-1] != self.embed_dim:
             raise InputError(
                 f"hidden_states has shape {tuple(hidden_states.shape)}; "
@@ -220,7 +222,10 @@ class ConvBasisAttention(nn.Module):
             )
 
         weight = self.q_proj.weight
-        if hidden_states.dtype != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
+        autocast = torch.is_autocast_enabled(weight.device.type)
+        if hidden_states.dtype != weight.dtype and (
+            not autocast or torch.float64 in (hidden_states.dtype, weight.dtype)
+        ):
             raise InputError(
                 f"hidden_states are {hidden_states.dtype} but the layer's parameters are "
                 f"{weight.dtype}; convert one of them, or use torch.autocast"
@@ -252,7 +257,7 @@ class ConvBasisAttention(nn.Module):
     def _segments(self, n: int, document_lengths: Sequence[int] | None) -> dict[str, Any]:
         if self.segment_growth == 0.0:
             return {"segment_length": self.segment_length}
-        lengths = [n] if document_lengths is None else document_lengths
+        lengths = [n] if document_lengths is None else check_documents(document_lengths, n)
         starts, begin = [], 0
         for length in lengths:
             own = segment_starts(length, self.segment_length, self.segment_growth)

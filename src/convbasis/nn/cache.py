@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import weakref
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+
+
+class Past(NamedTuple):
+    """What the last tokens attend to."""
+
+    queries: Tensor
+    """``(B, H, m, d)`` of the last m tokens: theirs, and as many before as the longest segment has."""
+    first_keys: Tensor
+    """``(B, H_kv, k, d)``."""
+    values: Tensor
+    """``(B, H_kv, n, d_v)``."""
+    key_bias: Tensor
+    """``(B, H, n)``."""
 
 
 class ConvBasisCache:
@@ -58,18 +72,17 @@ class ConvBasisCache:
         return sum(tensor.numel() for tensor in kept if tensor is not None)
 
     def check(self, owner: nn.Module, query: Tensor) -> None:
-        """Check that a chunk of queries of a layer can follow.
+        """Check that a chunk of queries of a layer can follow, and belong to the layer.
 
         Raises:
             InputError: the cache is another layer's, or another batch's.
         """
-        if self._owner is None:
-            self._owner = weakref.ref(owner)
-        elif self._owner() is not owner:
+        if self.length and self._owner is not None and self._owner() is not owner:
             raise InputError(
                 "the cache belongs to another layer; give each ConvBasisAttention a ConvBasisCache of "
                 "its own, and start with new ones for another model"
             )
+        self._owner = weakref.ref(owner)
         known = self.queries
         if known is None:
             return
@@ -85,15 +98,9 @@ class ConvBasisCache:
             )
 
     def extend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_bias: Tensor,
-        starts: list[int],
-        longest: int,
-    ) -> None:
-        """Take in the next tokens.
+        self, query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor, starts: list[int]
+    ) -> Past | None:
+        """Take in the next tokens, detached.
 
         Args:
             query: ``(B, H, m, d)``.
@@ -101,19 +108,36 @@ class ConvBasisCache:
             value: ``(B, H_kv, m, d_v)``.
             key_bias: ``(B, H, m)``.
             starts: of all segments up to the last of these tokens.
-            longest: tokens of the longest segment so far: as many queries are kept.
+
+        Returns:
+            what these tokens attend to, themselves included and not detached; None if they are the
+            first.
         """
-        count = query.shape[2]
-        self._values = _appended(self._values, value.detach(), self.length)
-        self._biases = _appended(self._biases, key_bias.detach(), self.length)
-        begun = [start - self.length for start in starts if start >= self.length]
-        first = key.detach()[:, :, begun]
-        self.first_keys = first if self.first_keys is None else torch.cat([self.first_keys, first], 2)
-        recent = (
-            query.detach() if self.queries is None else torch.cat([self.queries, query.detach()], 2)
-        )
-        self.queries = recent[:, :, max(0, recent.shape[2] - longest) :].clone()
+        first, count = self.length, query.shape[2]
+        stops = [*starts[1:], first + count]
+        longest = max(stop - start for start, stop in zip(starts, stops, strict=True))
+        begun = key[:, :, [start - first for start in starts if start >= first]]
+        before = self.queries, self.first_keys, self.values, self.key_bias
+        own = query, begun, value, key_bias
+        recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in own)
+        # What is recorded for a backward pass must not change when later tokens come: all is joined
+        # then.
+        joined = [
+            new if old is None else torch.cat([old, new], dim=2)
+            for old, new in list(zip(before, own, strict=True))[: 4 if recorded else 2]
+        ]
+        self._values = _appended(self._values, value.detach(), first)
+        self._biases = _appended(self._biases, key_bias.detach(), first)
+        self.first_keys = joined[1].detach()
+        self.queries = joined[0].detach()[:, :, max(0, joined[0].shape[2] - longest) :].clone()
         self.length += count
+        if not first:
+            return None
+        if recorded:
+            return Past(*joined)
+        assert self.values is not None
+        assert self.key_bias is not None
+        return Past(joined[0], joined[1], self.values, self.key_bias)
 
 
 def _appended(memory: Tensor | None, part: Tensor, length: int) -> Tensor:

@@ -10,27 +10,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .cache import Past
+
 _ENTRIES = 1 << 22  # entries of the attention matrix at a time
 
 
 def attend_to_cache(
-    query: Tensor,
-    first_keys: Tensor,
-    values: Tensor,
-    key_bias: Tensor,
-    lag_bias: Tensor,
-    starts: list[int],
-    count: int,
-    scale: float,
+    past: Past, lag_bias: Tensor, starts: list[int], count: int, scale: float
 ) -> Tensor:
     """Return the attention of the last tokens.
 
     Args:
-        query: ``(B, H, m, d)`` of the last m tokens: count of them, and as many before as the longest
-            segment has, or all.
-        first_keys: ``(B, H_kv, k, d)``.
-        values: ``(B, H_kv, n, d_v)``.
-        key_bias: ``(B, H, n)``.
+        past: what they attend to, themselves included.
         lag_bias: ``(H, n)``.
         starts: of the k segments.
         count: tokens whose attention is wanted.
@@ -41,6 +32,12 @@ def attend_to_cache(
 
     Complexity: O(count · n d_v + k d (count + longest segment)) time for each head.
     """
+    with torch.autocast(past.queries.device.type, enabled=False):
+        return _attend(past, lag_bias, starts, count, scale)
+
+
+def _attend(past: Past, lag_bias: Tensor, starts: list[int], count: int, scale: float) -> Tensor:
+    query, first_keys, values, key_bias = past
     batch, heads, known, _ = query.shape
     kv_heads, n = values.shape[1:3]
     sets = heads // kv_heads
