@@ -2,6 +2,7 @@
 
     python benchmarks/engine.py grid [--threads 1] [--lengths ...] [--num-bases ...] [--head-dims ...]
     python benchmarks/engine.py million [--threads 2]     the paper's case: n = 1,000,000, d = 3,072
+    python benchmarks/engine.py heads [--threads 1]       several heads, batches and grouped heads
     python benchmarks/engine.py choice [--threads 1]      what "auto" chooses against the alternatives
     python benchmarks/engine.py limits [--threads 1]      where the time goes, and what bounds it
     python benchmarks/engine.py products                  a Toeplitz product against scipy's
@@ -291,6 +292,35 @@ class MemoryWatch:
 
 
 @torch.no_grad()
+def heads(options: argparse.Namespace) -> dict[str, Any]:
+    """Several heads, batches and grouped heads, beside SDPA: the ratio that one head has."""
+    rows = []
+    cases = {"1 head": (1, 1, 1), "4 heads": (1, 4, 4), "batch of 4": (4, 1, 1), "4 on 1": (1, 4, 1)}
+    print("| n | heads | SDPA / ours | ours, each | SDPA, each |")
+    print("|---|---|---|---|---|")
+    for n in [n for n in options.lengths if n <= 16_384]:
+        for name, (batch, count, kv) in cases.items():
+            query = inputs(n, 64, options.device, batch * count)[0].view(batch, count, n, 64)
+            key, value = (
+                x.view(batch, kv, n, 64) for x in inputs(n, 64, options.device, batch * kv)[1:]
+            )
+            length = length_of(n, 16)
+            functions = {
+                "ours": partial(
+                    cb.conv_basis_attention, query, key, value, segment_length=length, enable_gqa=True
+                ),
+                "sdpa": partial(sdpa, query, key, value, is_causal=True, enable_gqa=True),
+            }
+            times = interleaved_medians(functions, options.repeats)
+            each = {side: seconds / (batch * count) for side, seconds in times.items()}
+            rows.append({"n": n, "case": name, "seconds_each": each})
+            ratio = times["sdpa"] / times["ours"]
+            told = " | ".join(f"{each[side] * 1e3:.4g} ms" for side in ("ours", "sdpa"))
+            print(f"| {n:,} | {name} | {ratio:.3g}x | {told} |", flush=True)
+    return {"rows": rows}
+
+
+@torch.no_grad()
 def choice(options: argparse.Namespace) -> dict[str, Any]:
     """What the model picks among backends and partitions, beside the best of them as measured now."""
     from convbasis.convolve.choice import cost
@@ -468,9 +498,19 @@ def plot(options: argparse.Namespace) -> None:
     print(f"written to {target}")
 
 
+PARTS = {
+    "grid": grid,
+    "heads": heads,
+    "million": million,
+    "choice": choice,
+    "limits": limits,
+    "products": products,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=["grid", "million", "choice", "limits", "products", "plot"])
+    parser.add_argument("part", choices=[*PARTS, "plot"])
     lengths = [1024, 4096, 16_384, 65_536, 262_144, 1_048_576]
     parser.add_argument("--lengths", type=int, nargs="+", default=lengths)
     parser.add_argument("--num-bases", type=int, nargs="+", default=[1, 4, 16, 64, 256])
@@ -484,7 +524,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--width", type=int, default=3072)
     parser.add_argument("--value-columns", type=int, default=512)
-    parser.add_argument("--folder", type=Path, default=None, help="for the files of million: 25 GB")
+    parser.add_argument("--folder", type=Path, default=None, help="for the files of million: 18 GB")
     parser.add_argument("--output", type=Path, default=None)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -494,8 +534,7 @@ def main() -> None:
     name = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor()
     machine = f"{name or platform.machine()}, {os.cpu_count()} cores"
     print(f"torch {torch.__version__}, {options.threads} threads, {machine}", flush=True)
-    parts = {"grid": grid, "million": million, "choice": choice, "limits": limits, "products": products}
-    found = parts[options.part](options)
+    found = PARTS[options.part](options)
     content = {
         "torch": torch.__version__,
         "python": platform.python_version(),

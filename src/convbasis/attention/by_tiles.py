@@ -18,6 +18,7 @@ from .gradients import Gradients, Incoming, Wanted
 # Nats from a row's normaliser to the largest weight that any row of the head could have. Up to so many,
 # what rounds to zero relative to the largest is less than 1e-20 of a row.
 _SPREAD = 40.0
+_APART = 16  # entries
 
 
 def tiled_gradients(clean: Inputs, incoming: Incoming, wanted: Wanted) -> Gradients:
@@ -42,7 +43,10 @@ def tiled_gradients(clean: Inputs, incoming: Incoming, wanted: Wanted) -> Gradie
     value = torch.cat([value, torch.ones_like(value[..., :1])], dim=-1)
     query = clean.query.flatten(0, 1).flip(1)
     # By column of the values and keys, not by token: the faster way to add up products.
-    of_value, of_key = value.new_zeros((groups, width, n)), key.new_zeros((groups, key.shape[-1], n))
+    # Rows a little apart from powers of two: at those they would share few lines of a cache.
+    of_value, of_key = (
+        value.new_zeros((groups, columns, n + _APART))[..., :n] for columns in (width, key.shape[-1])
+    )
     of_bias, of_query = value.new_zeros((groups, n)), torch.zeros_like(query)
     forward = wanted.gradient == "forward"
     by_value = not (wanted.queries_alone or wanted.keys_and_queries_alone)

@@ -9,6 +9,7 @@ matrix.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -80,6 +81,29 @@ class KernelWindows:
         return _overlapping(self._columns[:count, low:], self._partition, blocks), 0.0
 
 
+class _LagBias:
+    """A bias by lag, for the columns at segment starts."""
+
+    def __init__(self, bias: Tensor, starts: list[int]) -> None:
+        """Keep the bias ``(n,)``."""
+        self._starts = starts
+        steps = {after - before for before, after in pairwise(starts)}
+        self._step = steps.pop() if len(steps) == 1 else 0
+        # Lags below 0 come first; their entries are not used.
+        self._bias = torch.nn.functional.pad(bias, (len(bias), 0))
+
+    def of(self, count: int, low: int, high: int) -> Tensor:
+        """Return the bias of the rows low .. high - 1 of the first columns, ``(count, high - low)``."""
+        zero = len(self._bias) // 2
+        if self._step or count == 1:
+            # Starts alike: from the last column to the first each one is the same numbers, a step on.
+            offset = self._bias.storage_offset() + zero + low - self._starts[count - 1]
+            return self._bias.as_strided((count, high - low), (self._step, 1), offset).flip(0)
+        starts = torch.tensor(self._starts[:count], device=self._bias.device)
+        rows = torch.arange(low, high, device=self._bias.device)
+        return self._bias[rows - starts[:, None] + zero]
+
+
 class LogitWindows:
     """Windows of exp(logits), from queries and the first key of each segment (F3, F5).
 
@@ -103,7 +127,8 @@ class LogitWindows:
             lag_bias: ``(n,)``, added to the logits by lag, in the dtype to work in; None for none.
         """
         self.device = query.device
-        self._query, self._keys, self._lag_bias = query, first_keys, lag_bias
+        self._query, self._keys = query, first_keys
+        self._lag_bias = None if lag_bias is None else _LagBias(lag_bias, partition.starts)
         self._partition = partition
         self._starts = torch.tensor(partition.starts, device=query.device)
         # The last S rows of logits so far, of the segments that have begun.
@@ -132,8 +157,7 @@ class LogitWindows:
             logits[:, filled:] = -torch.inf
         rows = torch.arange(low, high, device=self.device)
         if self._lag_bias is not None:
-            lags = (rows - self._starts[:count, None]).clamp_(min=0)
-            new += self._lag_bias[lags]
+            new += self._lag_bias.of(count, low, high)
         if count > known:
             new[known:].masked_fill_(rows < self._starts[known:count, None], -torch.inf)
         if high < self._partition.n:
