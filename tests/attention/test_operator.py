@@ -87,15 +87,16 @@ def test_opcheck_with_biases():
         )
 
 
+@pytest.mark.parametrize("segments", [{"segment_length": 50}, {"starts": [0, 70, 120, 200]}], ids=str)
 @pytest.mark.parametrize("gradient", ["forward", "attention"])
-def test_training_compiles_with_biases_and_documents(gradient):
+def test_training_compiles_with_biases_and_documents(gradient, segments):
     def function(q, k, v, by_key, by_lag):
         return cb.conv_basis_attention(
             q,
             k,
             v,
             enable_gqa=True,
-            segment_length=50,
+            **segments,
             key_bias=by_key,
             lag_bias=by_lag,
             document_lengths=[120, 180],
