@@ -53,15 +53,12 @@ class Gradients(NamedTuple):
 
     @classmethod
     def zeros(cls, inputs: Inputs, lag_bias: bool) -> Gradients:
-        """Return zeros to add to."""
-        rows = inputs.query.shape[:3]
-        return cls(
-            torch.zeros_like(inputs.query),
-            torch.zeros_like(inputs.key),
-            torch.zeros_like(inputs.value),
-            None if inputs.key_bias is None else inputs.query.new_zeros(rows),
-            inputs.query.new_zeros(rows) if lag_bias else None,
-        )
+        """Return zeros."""
+        made = cls.empty(inputs, lag_bias)
+        for part in made:
+            if part is not None:
+                part.zero_()
+        return made
 
     @classmethod
     def empty(cls, inputs: Inputs, lag_bias: bool) -> Gradients:
