@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from memory import resident_bytes
 
 import convbasis as cb
 from convbasis.report.timing import interleaved_medians
@@ -56,10 +57,7 @@ def peak(n: int, k: int, d: int, threads: int) -> float:
     torch.set_num_threads(threads)
     tensors = inputs(n, d)
     ours(tensors, -(-n // k), "forward")
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024 / 1e9
-    raise RuntimeError("no VmHWM in /proc/self/status")
+    return resident_bytes("VmHWM") / 1e9
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 
+from memory import resident_bytes  # noqa: E402
 from train_lm import Config, Corpus, Trainer, read_corpus, run  # noqa: E402
 
 from convbasis.report.figures import loss_figure  # noqa: E402
@@ -153,10 +154,7 @@ def _peak(config: Config) -> float:
     trainer = Trainer(config, Corpus(*(torch.randint(256, (1 << 20,)).byte() for _ in range(2))))
     for _ in range(3):
         trainer.train_step()
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024 / 1e9
-    raise RuntimeError("no VmHWM in /proc/self/status")
+    return resident_bytes("VmHWM") / 1e9
 
 
 def timing(options: argparse.Namespace) -> None:
