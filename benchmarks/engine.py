@@ -62,18 +62,21 @@ def exact(query, key, value) -> torch.Tensor:
     return sdpa(query, key, value, is_causal=True)
 
 
-def worst_row(query, key, value, length: int, output: torch.Tensor, count: int = 48) -> float:
-    """Relative error of the worst of some rows against float64, row by row."""
-    n, d = query.shape[-2:]
+def worst_row(query, first_keys, value, length: int, output: torch.Tensor, count: int = 48) -> float:
+    """Relative error of the worst of some rows against float64, row by row and segment by segment.
+
+    Inputs are of one head: query ``(n, d)``, first_keys ``(k, d)``, value and output ``(n, d_v)``.
+    """
+    n, d = query.shape
     rows = torch.linspace(0, n - 1, count, device=query.device).round().long().unique()
-    q, k, v = (x[0, 0].double() for x in (query, key, value))
     worst = 0.0
     for i in rows.tolist():
-        column = torch.arange(i + 1, device=query.device)
-        start = column // length * length
-        logits = (q[start + i - column] * k[start]).sum(-1) / math.sqrt(d)
-        exact = torch.softmax(logits, 0) @ v[: i + 1]
-        error = torch.linalg.vector_norm(output[0, 0, i].double() - exact)
+        logits = []
+        for key, start in zip(first_keys.double(), range(0, i + 1, length), strict=False):
+            stop = min(start + length, i + 1)
+            logits.append((query[start + i + 1 - stop : i + 1].double() @ key).flip(0) / math.sqrt(d))
+        exact = torch.softmax(torch.cat(logits), 0) @ value[: i + 1].double()
+        error = torch.linalg.vector_norm(output[i].double() - exact)
         worst = max(worst, float(error / torch.linalg.vector_norm(exact)))
     return worst
 
@@ -161,7 +164,9 @@ def grid(options: argparse.Namespace) -> dict[str, Any]:
                     "d": d,
                     "sdpa_extrapolated": not measured,
                     "seconds": times,
-                    "worst_row_error": worst_row(query, key, value, length, output),
+                    "worst_row_error": worst_row(
+                        query[0, 0], key[0, 0, ::length], value[0, 0], length, output[0, 0]
+                    ),
                     "dispatch": str(ran),
                 }
                 if device == "cpu" and n in options.memory_at:
@@ -204,19 +209,12 @@ def mapped(path: Path, shape: tuple[int, ...], *, fill: bool) -> torch.Tensor:
     return tensor.view(shape)
 
 
-def private(path: Path, shape: tuple[int, ...]) -> torch.Tensor:
-    """The content of a bfloat16 file; what is written into the tensor stays in memory."""
-    size = math.prod(shape)
-    return torch.from_file(str(path), shared=False, size=size, dtype=torch.bfloat16).view(shape)
-
-
 @torch.no_grad()
 def million(options: argparse.Namespace) -> dict[str, Any]:
     """n = 1,000,000 and d = 3,072, as 48 heads of 64 and as one head; inputs and result in files.
 
     Files hold one head after the other; of the single head, some columns of the values after others. Of
-    the keys only the first of each segment is looked at: there is no file of them, but a private copy
-    of that of the queries in which these rows are others.
+    the keys a conv basis looks at the first of each segment alone: there is no file of them.
     """
     n, d, k = options.tokens, options.width, 16
     length = length_of(n, k)
@@ -231,33 +229,48 @@ def million(options: argparse.Namespace) -> dict[str, Any]:
             name: mapped(Path(folder) / name, (n, d), fill=name != "output")
             for name in ("query", "value", "output")
         }
-        generator = torch.Generator().manual_seed(1)
+        first_keys = torch.randn(d // 64, k, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
 
-        def run(width: int, columns: int) -> tuple[torch.Tensor, ...]:
-            """Heads of a width, some columns of their values at a time; each part is one run of the
-            files, since all of them do not fit into memory."""
-            query = files["query"].view(-1, n, width)
-            key = private(Path(folder) / "query", (n, d)).view(-1, n, width)
-            shape = (len(key), -(-n // length), width)
-            key[:, ::length] = torch.randn(shape, generator=generator).bfloat16()
-            value, output = (files[name].view(-1, n, columns) for name in ("value", "output"))
-            for index in range(len(value)):
-                head = index * columns // width
-                parts = (query[head], key[head], value[index])
-                output[index] = cb.conv_basis_attention(
+        def many_heads() -> tuple[torch.Tensor, ...]:
+            query, value, output = (files[x].view(-1, n, 64) for x in ("query", "value", "output"))
+            key = torch.zeros(n, 64, dtype=torch.bfloat16)
+            for head, first in enumerate(first_keys):
+                key[::length] = first
+                parts = (query[head], key, value[head])
+                output[head] = cb.conv_basis_attention(
                     *(x[None, None] for x in parts), segment_length=length
                 )[0, 0]
-            return query[0], key[0], value[0], output[0]
+            return query[0], first_keys[0], value[0], output[0]
 
-        cases = (("48 heads of 64", 64, 64), ("one head", d, options.value_columns))
-        for name, width, columns in cases:
+        def one_head() -> tuple[torch.Tensor, ...]:
+            # All that attention needs of a query are its k products with the first keys: they are made
+            # once, and stand for a query of k dimensions whose first keys are unit vectors.
+            columns = math.gcd(options.value_columns, d)
+            query, first = files["query"], first_keys.transpose(0, 1).reshape(k, d)
+            products = torch.empty(n, k)
+            for begin in range(0, n, 1 << 14):
+                rows = query[begin : begin + (1 << 14)].float()
+                torch.mm(rows, first.float().T, out=products[begin : begin + (1 << 14)])
+            products /= math.sqrt(d)
+            key = torch.zeros(n, k)
+            key[::length] = torch.eye(k)
+            value, output = (files[name].view(-1, n, columns) for name in ("value", "output"))
+            for part, result in zip(value, output, strict=True):
+                parts = (products, key, part.float())
+                result.copy_(
+                    cb.conv_basis_attention(
+                        *(x[None, None] for x in parts), segment_length=length, scale=1.0
+                    )[0, 0]
+                )
+            return query, first, value[0], output[0]
+
+        for name, run in (("48 heads of 64", many_heads), ("one head", one_head)):
             watch = MemoryWatch()
             begin = time.perf_counter()
-            first = run(width, columns)
+            query, first, value, output = run()
             seconds = time.perf_counter() - begin
             beside = watch.stop()
-            query, key, value, output = (x[None, None] for x in first)
-            error = worst_row(query, key, value[..., :64], length, output[..., :64], 8)
+            error = worst_row(query, first, value[:, :64], length, output[:, :64], 8)
             found[name] = {"seconds": seconds, "gigabytes_beside": beside, "worst_row_error": error}
             print(
                 f"{name}: {exact_seconds / seconds:,.0f}x, {seconds:.0f} s, exact attention about "
@@ -523,7 +536,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--width", type=int, default=3072)
-    parser.add_argument("--value-columns", type=int, default=512)
+    parser.add_argument("--value-columns", type=int, default=128)
     parser.add_argument("--folder", type=Path, default=None, help="for the files of million: 18 GB")
     parser.add_argument("--output", type=Path, default=None)
     options = parser.parse_args()
