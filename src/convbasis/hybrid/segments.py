@@ -1,0 +1,123 @@
+"""The far field by segments of keys: each is one key, the mean, that counts for all of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .beyond import Gathered, Shared
+from .sampling import SampledRows
+from .window import BLOCK, Window
+
+
+def segment_keys(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seen: Tensor,
+    chosen: Tensor | None,
+    before: Tensor,
+    num_segments: int,
+    scale: float,
+    sampled: SampledRows | None,
+    window: Window,
+) -> tuple[list[Shared], list[Gathered]]:
+    """Return means of segments as keys of blocks of queries, for the keys that nothing else sees.
+
+    A segment is a number of blocks of keys. Blocks before the window that do not fill a segment count
+    each for itself, so that a query sees nothing after its own token.
+
+    Args:
+        query: ``(R, c·64, d)``, whole blocks of queries.
+        key: ``(1, b·64, d)``, whole blocks; 0 past the end.
+        value: ``(1, b·64, d_v)``, the same.
+        seen: ``(R, b·64)``, True for keys that count elsewhere, or are past the end.
+        chosen: ``(R, c, B)`` blocks of keys that are exact, b for none; None for none at all.
+        before: ``(c,)``, the blocks of keys before the window of each block of queries.
+        num_segments: at most that many of them.
+        scale: factor of the logits.
+        sampled: exact rows that weigh the keys of a segment, and the segment as a whole; None for equal
+            weights.
+        window: the aligned window.
+
+    Complexity: O(n d) time, and O(k + n / (64 k)) keys for k segments.
+    """
+    heads, total = len(query), key.shape[1] // BLOCK
+    count = query.shape[1] // BLOCK
+    span = -(-total // num_segments)
+    whole = total // span
+    device = query.device
+    numbers = (~seen).to(query.dtype)
+    weights = numbers if sampled is None else _sampled_weights(sampled, seen, window)
+
+    def means(tensor: Tensor, length: int, stop: int) -> Tensor:
+        """Return the weighted means over runs of keys, ``(R, runs, ·)``."""
+        own = weights[:, :stop].unflatten(1, (-1, length))
+        share = own / own.sum(-1, keepdim=True).clamp(min=torch.finfo(own.dtype).tiny)
+        return torch.einsum("rsl,sld->rsd", share, tensor[0, :stop].unflatten(0, (-1, length)))
+
+    # How many keys of each block a block of queries sees here.
+    by_block = numbers.unflatten(1, (total, BLOCK)).sum(-1)
+    visible = by_block[:, None].expand(heads, count, total)
+    visible = visible.masked_fill(torch.arange(total, device=device) >= before[:, None], 0.0)
+    if chosen is not None:
+        visible = torch.nn.functional.pad(visible, (0, 1)).scatter_(2, chosen, 0.0)[..., :total]
+
+    shared, gathered = [], []
+    edge = before.div(span, rounding_mode="floor")  # whole segments before the window
+    if whole and int(edge.max()):
+        stop = whole * span
+        keys = means(key, span * BLOCK, stop * BLOCK)
+        own = visible[..., :stop].unflatten(-1, (whole, span)).sum(-1)
+        own = own.masked_fill(torch.arange(whole, device=device) >= edge[:, None], 0.0)
+        bias = own.log_()
+        if sampled is not None:
+            bias += _corrections(query, keys, sampled, window, span, seen, scale)[:, None]
+        shared.append(Shared(keys, means(value, span * BLOCK, stop * BLOCK), bias))
+    if span > 1:
+        index = edge[:, None] * span + torch.arange(span - 1, device=device)
+        inside = index < before[:, None]
+        index = index.clamp(max=total - 1).expand(heads, -1, -1)
+        own = visible.gather(2, index).masked_fill_(~inside, 0.0)
+        pools = [means(x, BLOCK, total * BLOCK)[:, :, None] for x in (key, value)]
+        gathered.append(Gathered(pools[0], pools[1], index, own.log_()))
+    return shared, gathered
+
+
+def _sampled_weights(sampled: SampledRows, seen: Tensor, window: Window) -> Tensor:
+    """Return the weight of each key in the sampled rows, and a little of the mean, ``(R, b·64)``."""
+    mass = sampled.mass_before(window.first(sampled.rows))
+    mass = torch.nn.functional.pad(mass, (0, seen.shape[-1] - mass.shape[-1]))
+    mass = mass.masked_fill(seen, 0.0)
+    floor = 0.1 * mass.mean(-1, keepdim=True) + torch.finfo(mass.dtype).tiny
+    return (mass + floor).masked_fill(seen, 0.0)
+
+
+def _corrections(
+    query: Tensor,
+    keys: Tensor,
+    sampled: SampledRows,
+    window: Window,
+    span: int,
+    seen: Tensor,
+    scale: float,
+) -> Tensor:
+    """Return what makes the weight of segments right in the mean over sampled rows, in nats ``(R, k)``.
+
+    It is relative to the mean key's logit plus the logarithm of the number of keys.
+    """
+    length = span * BLOCK
+    segments = keys.shape[1]
+    rows = sampled.rows
+    edge = window.first(rows).clamp(min=0).div(length, rounding_mode="floor")
+    open_to = torch.arange(segments, device=rows.device) < edge[:, None]  # (s, k)
+    stop = segments * length
+    exact = torch.nn.functional.pad(sampled.weights, (0, max(0, stop - sampled.weights.shape[-1])))
+    exact = exact[..., :stop].masked_fill(seen[:, None, :stop], 0.0)
+    exact = exact.unflatten(-1, (segments, length)).sum(-1) * open_to
+    numbers = (~seen[:, :stop]).unflatten(1, (segments, length)).sum(-1).to(exact.dtype)
+    logits = query.index_select(1, rows) @ keys.mT * scale + numbers.log()[:, None]
+    model = (logits - sampled.lse[..., None]).exp() * open_to
+    tiny = torch.finfo(exact.dtype).tiny
+    found = exact.sum(1).clamp(min=tiny).log() - model.sum(1).clamp(min=tiny).log()
+    return found.masked_fill(~open_to.any(0), 0.0).detach().clamp(-10.0, 10.0)

@@ -1,0 +1,69 @@
+"""The settings of hybrid attention, and what fits together."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ..checks import check_nonnegative_int, check_positive_int, describe
+from ..errors import InputError
+
+FAR_FIELDS = ("none", "segments", "conv")
+_SEEDS = 1 << 62  # what a generator takes, twice
+
+
+class Settings(NamedTuple):
+    """What a call computes; see `hybrid_attention`."""
+
+    window: int
+    sinks: int
+    columns: int
+    blocks: int
+    far_field: str
+    num_segments: int
+    key_weights: bool
+    samples: int
+    seed: int
+    strict: bool = False
+
+    @property
+    def aligned(self) -> bool:
+        """Whether windows reach back to the edge of a block."""
+        return bool(self.blocks) or self.far_field == "segments"
+
+
+def check_settings(settings: Settings) -> None:
+    """Check each setting, and that they can be computed together."""
+    for name, what in (
+        ("window", "a number of tokens"),
+        ("num_segments", "a number of segments"),
+        ("samples", "a number of rows"),
+    ):
+        check_positive_int(name, getattr(settings, name), what)
+    for name in ("sinks", "columns", "blocks", "seed"):
+        check_nonnegative_int(name, getattr(settings, name))
+    if settings.seed >= _SEEDS:
+        raise InputError(f"seed={settings.seed} is too large; give one below 2^62")
+    for name in ("key_weights", "strict"):
+        given = getattr(settings, name)
+        if not isinstance(given, bool):
+            raise InputError(f"{name}={describe(given)} is neither True nor False")
+    if settings.far_field not in FAR_FIELDS:
+        raise InputError(
+            f"far_field={describe(settings.far_field)} is not known; use one of "
+            f"{', '.join(map(repr, FAR_FIELDS))}"
+        )
+    if settings.far_field == "conv" and settings.blocks:
+        raise InputError(
+            f"blocks={settings.blocks} with far_field='conv': a convolution cannot leave out keys that "
+            "a block of queries has chosen; use blocks=0 or far_field='segments'"
+        )
+    if settings.strict and settings.far_field == "conv":
+        raise InputError(
+            "far_field='conv' with strict=True: its factors are fitted to rows of the whole prompt, "
+            "and its transforms mix them; use far_field='segments' or 'none'"
+        )
+    if settings.strict and settings.key_weights:
+        raise InputError(
+            "key_weights=True with strict=True: the weights are of rows of the whole prompt; "
+            "use key_weights=False"
+        )

@@ -1,0 +1,192 @@
+"""Strictly causal choices: what a query sees is chosen from what came before, in stretches of tokens.
+
+The columns of a stretch come from sampled rows of the stretches before it, the blocks of a block of
+queries from rows of the block before. All places are absolute, and each choice is made from the same
+numbers in the same shapes whatever the number of tokens: a prompt may come in chunks.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .columns import column_attention
+from .group import (
+    Group,
+    attend_beyond,
+    blocks_before,
+    estimate,
+    lengthened,
+    no_estimate,
+)
+from .piece import merge
+from .sampling import own_rows, sampled_rows
+from .selection import heaviest, heavy_blocks
+from .settings import Settings
+from .window import BLOCK, Window, window_attention
+
+STRETCH = 512  # tokens that share their columns and segments
+# Sampled rows of a stretch, of those that a whole prompt has.
+_SHARE = 8
+
+
+class Running(NamedTuple):
+    """What the choices of later tokens are made from, of the R heads of one key-value head."""
+
+    mass: Tensor
+    """``(R, s·512)``, weights of keys before the windows of sampled rows of whole stretches."""
+    queries: Tensor
+    """``(R, q, d)``, the last queries: of the stretch that is not over, and of the last blocks."""
+
+
+def at_the_start(query: Tensor) -> Running:
+    """Return what is known before the first of queries ``(R, m, d)``."""
+    return Running(query.new_zeros((len(query), 0)), query.new_zeros((len(query), 0, query.shape[-1])))
+
+
+def attend_strictly(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    settings: Settings,
+    scale: float,
+    estimated: bool,
+    running: Running,
+) -> tuple[Group, Running]:
+    """Return attention of R heads that share keys, each row from its own and earlier tokens alone.
+
+    Args:
+        query: ``(R, m, d)``, of the last m tokens.
+        key: ``(1, n, d)``, of all tokens.
+        value: ``(1, n, d_v)``.
+        settings: far_field is "none" or "segments", without key_weights.
+        scale: factor of the logits.
+        estimated: whether to estimate the error.
+        running: what the tokens before have left.
+
+    Returns:
+        the attention, and what these tokens leave.
+    """
+    m, n = query.shape[1], key.shape[1]
+    offset = n - m
+    window = Window(settings.window, settings.aligned)
+    output, lse = window_attention(query, key, value, window, offset, scale)
+    queries = query.detach()
+    if running.queries.shape[1]:
+        queries = torch.cat([running.queries, queries], dim=1)
+    first = n - queries.shape[1]
+    mass = running.mass
+    pieces, parts, keys, rows = [], ["window"], 0, 0
+    for begin in range(offset // STRETCH * STRETCH, n, STRETCH):
+        end = begin + STRETCH
+        low, high = max(offset, begin, window.begin), min(n, end)
+        if low < high:
+            columns = heaviest(mass, end, settings.sinks, settings.columns)
+            own = (query, key, value, queries, columns, settings, scale)
+            more, more_lse, names, count = _far_rows(*own, low, high)
+            pieces.append((low, high, more, more_lse))
+            parts += [name for name in names if name not in parts]
+            keys += count * (high - low)
+        if high == end and settings.columns:
+            with torch.no_grad():
+                sampled = _stretch_rows(begin, settings, query.device)
+                known = key[:, :end].detach()
+                exact = sampled_rows(queries, known, sampled, scale, first)
+                mass = lengthened(mass[..., None], end)[..., 0] + exact.mass_before(
+                    window.first(sampled)
+                )
+            rows += len(sampled)
+    output, lse = _merged(output, lse, pieces, offset)
+    mean, bound = no_estimate(query)
+    if estimated and n > window.begin:
+        mean, bound, held = estimate(query, key, value, output, settings, scale, window.begin)
+        rows += held
+    per_query = min(n, settings.window) + keys / m
+    kept = min(n // STRETCH * STRETCH, max(0, n // BLOCK - 1) * BLOCK)
+    left = Running(mass, queries[:, kept - first :].clone())
+    return Group(output, lse, mean, bound, tuple(parts), per_query, rows), left
+
+
+def _far_rows(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    queries: Tensor,
+    columns: Tensor,
+    settings: Settings,
+    scale: float,
+    low: int,
+    high: int,
+) -> tuple[Tensor, Tensor, tuple[str, ...], int]:
+    """Return attention of rows low .. high - 1 of a stretch to keys before their windows.
+
+    Returns:
+        output ``(R, high - low, d_v)``, lse, names of the parts, and keys of a query.
+    """
+    n = key.shape[1]
+    offset = n - query.shape[1]
+    rows = query[:, low - offset : high - offset]
+    window = Window(settings.window, settings.aligned)
+    if not settings.aligned:
+        if not columns.shape[-1]:
+            nothing = rows.new_full(rows.shape[:2], -torch.inf)
+            return rows.new_zeros((*rows.shape[:2], value.shape[-1])), nothing, (), 0
+        known = (key[:, :high], value[:, :high])
+        found = column_attention(rows, *known, columns, window, scale, low)
+        return *found, ("columns",), columns.shape[-1]
+    # Whole blocks of queries, and of keys up to the end of the stretch.
+    edge, last = low // BLOCK * BLOCK, -(-high // BLOCK) * BLOCK
+    end = -(-high // STRETCH) * STRETCH
+    blocks = torch.nn.functional.pad(rows, (0, 0, low - edge, last - high))
+    known_key, known_value = (lengthened(tensor[:, :high], end) for tensor in (key, value))
+    chosen = None
+    if settings.blocks:
+        with torch.no_grad():
+            begin = n - queries.shape[1]
+            earlier = queries[:, edge - BLOCK - begin : last - BLOCK - begin]
+            before = blocks_before(window, edge, last, query.device)
+            # One block at a time: the same numbers in chunks of any size.
+            chosen = heavy_blocks(
+                earlier,
+                known_key,
+                columns,
+                before,
+                settings.blocks,
+                scale,
+                settings.seed,
+                first=edge // BLOCK - 1,
+                together=1,
+            )
+    more = attend_beyond(
+        blocks, known_key, known_value, high, edge, columns, chosen, settings, scale, None
+    )
+    part = slice(low - edge, high - edge)
+    return more.output[:, part], more.lse[:, part], more.parts, more.keys
+
+
+def _merged(
+    output: Tensor, lse: Tensor, pieces: list[tuple[int, int, Tensor, Tensor]], offset: int
+) -> tuple[Tensor, Tensor]:
+    """Return rows from offset on with what the last of them see before their windows."""
+    if not pieces:
+        return output, lse
+    near = pieces[0][0] - offset  # rows that see nothing before their windows
+    more = merge(
+        output[:, near:],
+        lse[:, near:],
+        torch.cat([piece[2] for piece in pieces], dim=1),
+        torch.cat([piece[3] for piece in pieces], dim=1),
+    )
+    if not near:
+        return more
+    return torch.cat([output[:, :near], more[0]], dim=1), torch.cat([lse[:, :near], more[1]], dim=1)
+
+
+def _stretch_rows(begin: int, settings: Settings, device: torch.device) -> Tensor:
+    """Return the sampled rows of a stretch, for fits; they depend on its place and the seed alone."""
+    generator = torch.Generator().manual_seed((settings.seed * 0x9E3779B1 + begin) % (1 << 63))
+    count = max(1, min(settings.samples // _SHARE, STRETCH // 2))
+    places = torch.randperm(STRETCH // 2, generator=generator)[:count].sort().values
+    return own_rows(begin + 2 * places, 0, settings.seed).to(device)

@@ -1,0 +1,139 @@
+"""The local window: each query over the latest keys, in blocks of queries that share their keys."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .piece import piece_attention
+
+BLOCK = 64  # tokens of a block of keys, and of the queries that choose among blocks
+_TOGETHER = 128  # queries that share the keys of their windows
+
+
+class Window(NamedTuple):
+    """Which of the latest keys a query sees."""
+
+    tokens: int
+    """The latest keys, the query's own included."""
+    aligned: bool
+    """Reach back to the edge of a block of keys, so that what lies before are whole blocks."""
+
+    def first(self, rows: Tensor) -> Tensor:
+        """Return the first key in the window of each row; below 0 where it reaches beyond them."""
+        if not self.aligned:
+            return rows - self.tokens + 1
+        begin = rows.div(BLOCK, rounding_mode="floor") * BLOCK - self.tokens + 1
+        return begin.div(BLOCK, rounding_mode="floor") * BLOCK
+
+    @property
+    def begin(self) -> int:
+        """The first row that has keys before its window."""
+        return -(-(self.tokens + BLOCK - 1) // BLOCK) * BLOCK if self.aligned else self.tokens
+
+    @property
+    def reach(self) -> int:
+        """The most keys before a block of queries that their windows hold."""
+        return -(-self.tokens // BLOCK) * BLOCK
+
+
+def window_attention(
+    query: Tensor, key: Tensor, value: Tensor, window: Window, offset: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return attention over the windows, and its log-sum-exp.
+
+    Args:
+        query: ``(H, m, d)``, tokens offset .. offset + m - 1.
+        key: ``(H_kv, offset + m, d)``.
+        value: ``(H_kv, offset + m, d_v)``.
+        window: which keys a query sees.
+        offset: position of the first query.
+        scale: factor of the logits.
+
+    Returns:
+        output ``(H, m, d_v)`` and lse ``(H, m)``.
+
+    Complexity: O(m (window + 128) (d + d_v)) time.
+    """
+    end = offset + query.shape[1]
+    # Whole groups of queries, whose windows lie within the keys, share one mask.
+    first = -(-max(offset, window.reach) // _TOGETHER) * _TOGETHER
+    last = max(first, end // _TOGETHER * _TOGETHER)
+    parts = [
+        *_rows(query, key, value, window, offset, (offset, min(first, end)), scale),
+        *_groups(query, key, value, window, offset, (first, min(last, end)), scale),
+        *_rows(query, key, value, window, offset, (last, end), scale),
+    ]
+    outputs, sums = zip(*parts, strict=True)
+    if len(parts) == 1:
+        return outputs[0], sums[0]
+    return torch.cat(outputs, dim=1), torch.cat(sums, dim=1)
+
+
+def _hidden(window: Window, rows: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what hides keys outside the windows of rows, ``(1, 1, rows, keys)``."""
+    outside = (keys > rows[:, None]) | (keys < window.first(rows)[:, None])
+    return torch.zeros(outside.shape, dtype=dtype, device=rows.device).masked_fill_(
+        outside, -torch.inf
+    )[None, None]
+
+
+def _every_row(query: Tensor) -> Tensor:
+    """Each query sees its own key."""
+    return torch.ones((1, 1, 1), dtype=torch.bool, device=query.device)
+
+
+def _rows(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: Window,
+    offset: int,
+    rows: tuple[int, int],
+    scale: float,
+) -> list[tuple[Tensor, Tensor]]:
+    """Return some rows, with masks of their own: those before the first full window, and the last."""
+    found = []
+    for low in range(rows[0], rows[1], 1024):
+        high = min(rows[1], low + 1024)
+        index = torch.arange(low, high, device=query.device)
+        begin = max(0, int(window.first(index[:1])))
+        keys = torch.arange(begin, high, device=query.device)
+        output, lse = piece_attention(
+            query[None, :, low - offset : high - offset],
+            key[None, :, begin:high],
+            value[None, :, begin:high],
+            scale,
+            _hidden(window, index, keys, query.dtype),
+            visible=_every_row(query),
+        )
+        found.append((output[0], lse[0]))
+    return found
+
+
+def _groups(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: Window,
+    offset: int,
+    rows: tuple[int, int],
+    scale: float,
+) -> list[tuple[Tensor, Tensor]]:
+    """Return whole groups of queries; the windows are views of the keys."""
+    low, high = rows
+    if low >= high:
+        return []
+    reach = window.reach
+
+    def windows(tensor: Tensor) -> Tensor:
+        return tensor[:, low - reach : high].unfold(1, reach + _TOGETHER, _TOGETHER).permute(1, 0, 3, 2)
+
+    index = torch.arange(_TOGETHER, device=query.device) + reach
+    keys = torch.arange(reach + _TOGETHER, device=query.device)
+    own = query[:, low - offset : high - offset].unflatten(1, (-1, _TOGETHER)).transpose(0, 1)
+    hidden = _hidden(window, index, keys, query.dtype)
+    output, lse = piece_attention(own, windows(key), windows(value), scale, hidden, _every_row(query))
+    return [(output.transpose(0, 1).flatten(1, 2), lse.transpose(0, 1).flatten(1, 2))]

@@ -1,0 +1,174 @@
+"""calibrate: run texts through a model and decide for every head what a long prompt computes."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..checks import check_nonnegative, describe
+from ..errors import FileFormatError, InputError
+from ..plan import HeadSetting, ModelShape, Plan
+from ..plan.choice import choose
+from ..plan.ladder import Measured, crossover, default_ladder, measure
+from ..storage import save_text
+from .capture import CapturedLayer, observe_layers
+
+_FORMAT = "convbasis.calibration"
+
+
+def calibrate(
+    model: Any,
+    token_ids: Tensor | Sequence[Tensor],
+    *,
+    tolerance: float = 0.1,
+    ladder: Sequence[HeadSetting] | None = None,
+    checkpoint: str | Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    seed: int = 0,
+) -> Plan:
+    """Measure every head of a model on texts, and plan the cheapest good enough setting for each.
+
+    The model attends exactly while it is measured, one layer at a time.
+
+    Args:
+        model: a transformers model that attends through the attention interface.
+        token_ids: ``(texts, n)``, or one ``(n,)`` or ``(1, n)`` for each text; n, the calibrated
+            length, is the same for all.
+        tolerance: the largest estimated relative error (95 % bound) of an approximated head's output in
+            any text; 0.1 is 10 %.
+        ladder: the settings to choose from; by default windows, columns, blocks and segments of two
+            sizes.
+        checkpoint: a JSON file that keeps what is measured, layer by layer; a run that was stopped goes
+            on where it was.
+        progress: called with the number of layers done and of all.
+        seed: of everything sampled.
+
+    Returns:
+        `Plan`.
+
+    Raises:
+        InputError: texts of different or no length, or a model that does not attend through the
+            interface.
+        FileFormatError: the checkpoint is damaged, or of another calibration.
+        MissingExtraError: transformers is not installed.
+
+    Complexity: for each layer, exact attention and every setting of the ladder once.
+
+    Example:
+        >>> import convbasis as cb  # doctest: +SKIP
+        >>> plan = cb.calibrate(model, token_ids, tolerance=0.1)  # doctest: +SKIP
+        >>> plan.save("plan.json")  # doctest: +SKIP
+    """
+    if not check_nonnegative("tolerance", tolerance) > 0:
+        raise InputError("tolerance=0 allows no approximation; give a positive relative error")
+    texts = _texts(token_ids)
+    n = texts[0].shape[1]
+    shape = ModelShape.of(model)
+    steps = default_ladder(n) if ladder is None else tuple(ladder)
+    if not steps:
+        raise InputError("ladder is empty; give at least one HeadSetting")
+    digest = hashlib.sha256(b"".join(repr(text.tolist()).encode() for text in texts)).hexdigest()
+    kept = _Checkpoint(None if checkpoint is None else Path(checkpoint), (shape, digest, steps, seed))
+    total = len(texts) * shape.layers
+    example: list[CapturedLayer] = []
+    for index, text in enumerate(texts):
+
+        def observe(layer: int, given: CapturedLayer, index: int = index) -> None:
+            if layer == shape.layers // 2 and not example:
+                example.append(_copy(given))
+            if not kept.has(index, layer):
+                kept.add(index, layer, measure(*given, steps, seed))
+            if progress is not None:
+                progress(kept.count, total)
+
+        observe_layers(model, text, observe)
+    layers = range(shape.layers)
+    measured = [[kept.get(index, layer) for layer in layers] for index in range(len(texts))]
+    heads = choose(measured, steps, float(tolerance))
+    usual = Counter(head.setting for layer in heads for head in layer if head.setting is not None)
+    given = example[0]
+    shortest = n if not usual else crossover(*given, usual.most_common(1)[0][0])
+    return Plan(shape, digest, float(tolerance), n, shortest, heads)
+
+
+def _copy(given: CapturedLayer) -> CapturedLayer:
+    return CapturedLayer(given.query.clone(), given.key.clone(), given.value.clone(), given.scale)
+
+
+def _texts(token_ids: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """Return the texts, ``(1, n)`` each."""
+    parts = list(token_ids) if not isinstance(token_ids, Tensor) or token_ids.ndim > 1 else [token_ids]
+    texts = []
+    for index, part in enumerate(parts):
+        if not isinstance(part, Tensor) or part.dtype.is_floating_point or part.squeeze().ndim != 1:
+            raise InputError(f"text {index} is {describe(part)}; integers of shape (n,) are wanted")
+        texts.append(part.reshape(1, -1))
+    lengths = sorted({text.shape[1] for text in texts})
+    if len(lengths) != 1 or lengths[0] < 64:
+        raise InputError(
+            f"the texts have {lengths} tokens; one or more texts of one length, at least 64 tokens, "
+            "are wanted"
+        )
+    return texts
+
+
+class _Checkpoint:
+    """What is measured so far, in memory and, if a path is given, in a file."""
+
+    def __init__(self, path: Path | None, identity: tuple[object, ...]) -> None:
+        self._path = path
+        shape, digest, steps, seed = identity
+        self._identity = json.loads(
+            json.dumps(
+                {
+                    "format": _FORMAT,
+                    "model": dataclasses.asdict(shape),  # type: ignore[call-overload]
+                    "texts_sha256": digest,
+                    "ladder": [dataclasses.asdict(step) for step in steps],  # type: ignore[attr-defined]
+                    "seed": seed,
+                }
+            )
+        )
+        self._measured: dict[str, Any] = {}
+        if path is not None and path.exists():
+            self._read(path)
+
+    def _read(self, path: Path) -> None:
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            measured = content.pop("measured")
+        except (ValueError, KeyError, AttributeError) as error:
+            raise FileFormatError(f"{str(path)!r} is no calibration checkpoint: {error}") from error
+        if content != self._identity:
+            raise FileFormatError(
+                f"{str(path)!r} is of another calibration: model, texts, ladder or seed differ; name "
+                "another file, or remove this one"
+            )
+        self._measured = measured
+
+    @property
+    def count(self) -> int:
+        return len(self._measured)
+
+    def has(self, text: int, layer: int) -> bool:
+        return f"{text}.{layer}" in self._measured
+
+    def get(self, text: int, layer: int) -> Measured:
+        if not self.has(text, layer):
+            raise InputError(
+                f"layer {layer} of the model does not attend through the attention interface of "
+                "transformers"
+            )
+        return Measured(**self._measured[f"{text}.{layer}"])
+
+    def add(self, text: int, layer: int, measured: Measured) -> None:
+        self._measured[f"{text}.{layer}"] = measured._asdict()
+        if self._path is not None:
+            save_text(self._path, json.dumps({**self._identity, "measured": self._measured}) + "\n")

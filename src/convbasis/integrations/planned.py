@@ -1,0 +1,248 @@
+"""A plan on a loaded model: put on, taken off, and what happened in between."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..checks import check_nonnegative_int, describe
+from ..errors import ConvBasisWarning, InputError, MissingPathError
+from ..plan import HeadPlan, Plan
+
+logger = logging.getLogger("convbasis")
+
+NAME = "conv_basis"
+PLAN_FILE = "conv_basis_plan.json"
+_ATTRIBUTE = "_conv_basis_plan"
+
+
+class PlanReport(NamedTuple):
+    """What happened in a planned model, summed over its prefills.
+
+    The three numbers of heads add up to prefills × layers × heads of a layer.
+    """
+
+    prefills: int
+    """Prompts that began with an empty cache; each sequence of a batch is one."""
+    heads_approximated: int
+    """Heads that were approximated and stayed so."""
+    heads_exact: int
+    """Heads that were exact from the start: by the plan, for a short prompt, or for another reason
+    that was logged."""
+    heads_fallen_back: int
+    """Heads whose estimated error exceeded the tolerance, and that were computed again exactly."""
+
+
+@dataclass
+class AppliedPlan:
+    """A plan, how it is applied, and what happened since; shared by the layers of one model."""
+
+    plan: Plan
+    min_length: int
+    dynamic: bool
+    training: bool
+    before: str
+    """The attention implementation to restore."""
+    prefills: int = 0
+    approximated: int = 0
+    exact: int = 0
+    fallen_back: int = 0
+    told: set[str] = field(default_factory=set)
+
+    def layer(self, index: int) -> tuple[HeadPlan, ...]:
+        """Return the plans of a layer's heads."""
+        return self.plan.heads[index]
+
+    def tolerance(self, n: int) -> float | None:
+        """Return the tolerance that estimates are held against for n tokens, None for no check."""
+        beyond = n > 2 * self.plan.calibrated_length
+        if beyond and "length" not in self.told:
+            self.told.add("length")
+            warnings.warn(
+                f"a prompt of {n} tokens is more than twice as long as the plan's calibration "
+                f"({self.plan.calibrated_length}): every head's error estimate is checked; calibrate "
+                "on longer texts",
+                ConvBasisWarning,
+                stacklevel=2,
+            )
+        return self.plan.tolerance if self.dynamic or beyond else None
+
+    def count(self, layer: int, prompts: int, *, approximated: int, fallen_back: int) -> None:
+        """Count the heads of one layer over a batch of prompts; all others were exact."""
+        self.prefills += prompts if layer == 0 else 0
+        self.approximated += approximated
+        self.fallen_back += fallen_back
+        self.exact += prompts * self.plan.model.heads - approximated - fallen_back
+
+    def tell_once(self, reason: str, level: int = logging.WARNING) -> None:
+        """Log why a prompt, or a part of it, is attended exactly; each reason once."""
+        if reason not in self.told:
+            self.told.add(reason)
+            logger.log(level, "attending exactly in spite of the plan: %s", reason)
+
+
+def applied_to(module: Any) -> AppliedPlan | None:
+    """Return what is applied to a model or to one of its attention modules."""
+    return getattr(module, _ATTRIBUTE, None)
+
+
+def apply_plan(
+    model: Any,
+    plan: Plan,
+    *,
+    min_length: int | None = None,
+    dynamic: bool = True,
+    training: bool = False,
+) -> None:
+    """Let a loaded transformers model attend to long prompts by a plan.
+
+    Prompts that begin with an empty cache are approximated; every later call (decoding, further turns)
+    is exact. The plan stays with the model object and is not written by ``save_pretrained``: see
+    `convbasis.integrations.transformers.save_plan`. A second plan replaces the first one.
+
+    A compiled model that is called without a cache needs an attention_mask, of ones if nothing is
+    padded: without one transformers cannot rule out packed documents, and it attends exactly.
+
+    Args:
+        model: a transformers model whose attention goes through the attention interface.
+        plan: made for this model.
+        min_length: prompts of at most so many tokens are attended exactly; None for the plan's own
+            measured crossover.
+        dynamic: compute a head again exactly when its estimated error in a prompt exceeds the plan's
+            tolerance. Always so for prompts longer than twice the calibrated length.
+        training: approximate in training mode too.
+
+    Raises:
+        InputError: the plan is for another model, the model does not attend through the attention
+            interface, or an argument cannot be used.
+        MissingExtraError: transformers is not installed.
+
+    Example:
+        >>> import convbasis as cb
+        >>> import torch
+        >>> from convbasis.plan import HeadPlan, HeadSetting, ModelShape
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(num_hidden_layers=1, num_attention_heads=2, hidden_size=16, vocab_size=9)
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
+        >>> heads = [[HeadPlan(HeadSetting(window=8)), HeadPlan(None)]]
+        >>> plan = cb.Plan(ModelShape.of(model), "0" * 64, 0.1, 64, 32, heads)
+        >>> cb.apply_plan(model, plan, dynamic=False)
+        >>> _ = model(input_ids=torch.zeros(1, 64, dtype=torch.int64))
+        >>> cb.plan_report(model)
+        PlanReport(prefills=1, heads_approximated=1, heads_exact=1, heads_fallen_back=0)
+        >>> cb.remove_plan(model)
+    """
+    from . import transformers  # noqa: F401 (registers the attention)
+
+    if not isinstance(plan, Plan):
+        raise InputError(f"plan is {describe(plan)}; a Plan is wanted: Plan.load reads one from a file")
+    plan.check_model(model)
+    if min_length is None:
+        min_length = plan.min_length
+    min_length = check_nonnegative_int("min_length", min_length)
+    layers = _attention_modules(model)
+    missing = set(range(plan.model.layers)) - {module.layer_idx for module in layers}
+    if missing:
+        raise InputError(
+            f"no attention was found in layers {sorted(missing)} of {type(model).__name__}"
+        )
+    earlier = applied_to(model)
+    before = model.config._attn_implementation if earlier is None else earlier.before
+    model.set_attn_implementation(NAME)
+    if model.config._attn_implementation != NAME:
+        raise InputError(
+            f"{type(model).__name__} does not attend through the attention interface of transformers; "
+            "a plan needs a model that does"
+        )
+    applied = AppliedPlan(plan, min_length, bool(dynamic), bool(training), before)
+    for module in (model, *layers):
+        setattr(module, _ATTRIBUTE, applied)
+
+
+def remove_plan(model: Any) -> None:
+    """Take a model's plan off and restore the attention implementation that it had before.
+
+    Args:
+        model: a model that `apply_plan` was called on.
+
+    Raises:
+        InputError: the model has no plan.
+    """
+    applied = _applied(model)
+    for module in (model, *_attention_modules(model)):
+        delattr(module, _ATTRIBUTE)
+    model.set_attn_implementation(applied.before)
+
+
+def plan_report(model: Any) -> PlanReport:
+    """Return what happened in a planned model since its plan was applied.
+
+    Args:
+        model: a model that `apply_plan` was called on.
+
+    Returns:
+        `PlanReport`.
+
+    Raises:
+        InputError: the model has no plan.
+    """
+    applied = _applied(model)
+    return PlanReport(applied.prefills, applied.approximated, applied.exact, applied.fallen_back)
+
+
+def save_plan(model: Any, folder: str | PathLike[str]) -> Path:
+    """Write a model's plan beside its weights, as ``conv_basis_plan.json``.
+
+    Args:
+        model: a model that `apply_plan` was called on.
+        folder: where ``model.save_pretrained`` wrote to.
+
+    Returns:
+        the file's path.
+
+    Raises:
+        InputError: the model has no plan.
+        MissingPathError: there is no such folder.
+    """
+    place = Path(folder) / PLAN_FILE
+    _applied(model).plan.save(place)
+    return place
+
+
+def load_plan(folder: str | PathLike[str]) -> Plan:
+    """Read the plan that `save_plan` wrote beside a model's weights.
+
+    Args:
+        folder: where the model is.
+
+    Raises:
+        FileFormatError: the file is damaged.
+        MissingPathError: there is no plan in this folder.
+    """
+    place = Path(folder) / PLAN_FILE
+    if not place.is_file():
+        raise MissingPathError(f"there is no {PLAN_FILE} in {str(folder)!r}; save_plan writes one")
+    return Plan.load(place)
+
+
+def _applied(model: Any) -> AppliedPlan:
+    applied = applied_to(model)
+    if applied is None:
+        raise InputError(f"this {type(model).__name__} has no plan; apply_plan gives it one")
+    return applied
+
+
+def _attention_modules(model: Any) -> list[Any]:
+    """Return the causal self-attention modules of the model's text layers."""
+    config = model.config.get_text_config()
+    return [
+        module
+        for module in model.modules()
+        if getattr(module, "config", None) is config
+        and isinstance(getattr(module, "layer_idx", None), int)
+        and getattr(module, "is_causal", False)
+    ]

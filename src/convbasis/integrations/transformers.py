@@ -1,0 +1,162 @@
+"""``attn_implementation="conv_basis"`` for transformers models; importing this module registers it.
+
+Without a plan a model attends exactly, as with ``"sdpa"``. `apply_plan` makes it attend to long prompts
+by a plan.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import check_finite
+from ..errors import MissingExtraError
+from .planned import (
+    NAME,
+    AppliedPlan,
+    PlanReport,
+    applied_to,
+    apply_plan,
+    load_plan,
+    plan_report,
+    remove_plan,
+    save_plan,
+)
+
+try:
+    from transformers import AttentionInterface, AttentionMaskInterface
+except ImportError as error:
+    raise MissingExtraError(f"attn_implementation={NAME!r}", "hf", error) from error
+
+from .exact import Mask, exact_attention
+from .masks import MaskSpec, describe_mask
+from .prefill import planned_prefill, sliding_prefill
+from .reasons import why_exact
+
+__all__ = ["PlanReport", "apply_plan", "load_plan", "plan_report", "remove_plan", "save_plan"]
+
+_logger = logging.getLogger("convbasis")
+_told: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def attention_forward(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Mask, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Attend for one layer of a transformers model: exactly, or by the plan that is applied to it.
+
+    Args:
+        module: the model's attention module.
+        query: ``(B, H, n_queries, d)``.
+        key: ``(B, H_kv, n_keys, d)``, with what the cache holds.
+        value: ``(B, H_kv, n_keys, d_v)``.
+        attention_mask: from `describe_mask`, or the user's own.
+        options: scaling, dropout and what else the model passes on.
+
+    Returns:
+        output ``(B, n_queries, H, d_v)`` and, where the call asks for them, the weights.
+
+    Raises:
+        InputError: NaN or Inf in a planned layer.
+    """
+    applied = applied_to(module)
+    if applied is not None:
+        return _attend_by_plan(applied, module, query, key, value, attention_mask, **options)
+    if not torch.compiler.is_compiling():
+        _tell_how_to_plan(module)
+    return exact_attention(module, query, key, value, attention_mask, **options)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _attend_by_plan(
+    applied: AppliedPlan,
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Mask,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    layer, n = module.layer_idx, query.shape[2]
+    begins = mask.begins if isinstance(mask, MaskSpec) else n == key.shape[2]
+    if not begins:
+        return _exact_and_finite(module, query, key, value, mask, **options)
+    heads = applied.layer(layer)
+    planned = n > applied.min_length and any(head.setting is not None for head in heads)
+    if planned and module.training and not applied.training:
+        planned = False
+        applied.tell_once("the model is in training mode; training=True approximates", logging.INFO)
+    elif planned and (reason := why_exact(module, query, mask, options, len(heads))) is not None:
+        planned = False
+        applied.tell_once(reason)
+    if not planned or not isinstance(mask, MaskSpec):
+        applied.count(layer, len(query), approximated=0, fallen_back=0)
+        return _exact_and_finite(module, query, key, value, mask, **options)
+    key, value = key[:, :, :n], value[:, :, :n]  # a static cache is longer than the prompt
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):  # rotary positions leave queries and keys in float32
+        dtype = torch.get_autocast_dtype(kind)
+        query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
+    _check_layer(layer, query=query, key=key, value=value)
+    scaling = options.get("scaling")
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    tensors, padding = (query, key, value), mask.padding(query.device)
+    if mask.window is not None and mask.window < n:
+        applied.count(layer, len(query), approximated=0, fallen_back=0)
+        output = sliding_prefill(*tensors, window=mask.window, scale=scale, padding=padding)
+        return output.transpose(1, 2).contiguous(), None
+    output, fallen_back = planned_prefill(
+        *tensors, heads, scale=scale, padding=padding, tolerance=applied.tolerance(n)
+    )
+    again = int(fallen_back.sum())
+    approximated = len(query) * sum(head.setting is not None for head in heads)
+    applied.count(layer, len(query), approximated=approximated - again, fallen_back=again)
+    if again:
+        _logger.info(
+            "layer %d: the estimated error of %d of %d approximated heads exceeds %g; they are exact",
+            layer,
+            again,
+            approximated,
+            applied.plan.tolerance,
+        )
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _exact_and_finite(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Mask, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Attend exactly to what is finite.
+
+    Of a decoded token the result is checked, which costs less than its keys. Training is not checked:
+    gradient scalers meet overflows there and skip them.
+    """
+    if query.shape[2] > 1 and not module.training:
+        _check_layer(module.layer_idx, query=query, key=key, value=value)
+    output, weights = exact_attention(module, query, key, value, mask, **options)
+    if query.shape[2] == 1 and not module.training:
+        _check_layer(module.layer_idx, output=output)
+    return output, weights
+
+
+def _check_layer(layer: int, **tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        check_finite(f"the {name} of layer {layer}", tensor)
+
+
+def _tell_how_to_plan(module: Any) -> None:
+    """Log once for each model that it has no plan, and how to make one."""
+    if getattr(module, "layer_idx", 0) == 0 and module not in _told:
+        _told.add(module)
+        _logger.warning(
+            "attn_implementation=%r without a plan attends exactly, as 'sdpa' does; make one with "
+            "convbasis.calibrate or read one with convbasis.Plan.load, and give it to the model with "
+            "convbasis.apply_plan",
+            NAME,
+        )
+
+
+AttentionInterface.register(NAME, attention_forward)
+AttentionMaskInterface.register(NAME, describe_mask)

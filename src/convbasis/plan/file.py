@@ -1,0 +1,179 @@
+"""Plans as JSON: written one head a line, read with every field checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from ..checks import describe
+from ..errors import FileFormatError, InputError, MissingPathError
+from .model import ModelShape
+from .plan import HeadPlan, Plan
+from .settings import HeadSetting, Size
+
+FORMAT = "convbasis.plan"
+VERSION = 1
+_SIZES = ("window", "sinks", "columns", "blocks")
+_OTHERS = ("far_field", "key_weights")
+_T = TypeVar("_T")
+
+
+def dumps(plan: Plan) -> str:
+    """Return the plan as JSON text."""
+    top = {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": dataclasses.asdict(plan.model),
+        "texts_sha256": plan.texts_sha256,
+        "tolerance": plan.tolerance,
+        "calibrated_length": plan.calibrated_length,
+        "min_length": plan.min_length,
+    }
+    lines = [f"  {json.dumps(name)}: {json.dumps(value)}," for name, value in top.items()]
+    layers = [
+        "    [\n" + ",\n".join(f"      {json.dumps(_head(planned))}" for planned in heads) + "\n    ]"
+        for heads in plan.heads
+    ]
+    return "{\n" + "\n".join(lines) + '\n  "layers": [\n' + ",\n".join(layers) + "\n  ]\n}\n"
+
+
+def _head(planned: HeadPlan) -> dict[str, object]:
+    rest = {"error": planned.error, "cost": planned.cost}
+    if planned.setting is None:
+        return {"setting": "exact", **rest}
+    sizes = {name: _size(getattr(planned.setting, name)) for name in _SIZES}
+    others = {name: getattr(planned.setting, name) for name in _OTHERS}
+    return {"setting": {**sizes, **others}, **rest}
+
+
+def _size(size: int | Size) -> object:
+    if isinstance(size, int):
+        return size
+    return {"size": size.size, "power": size.power, "multiple": size.multiple}
+
+
+def load(path: Path) -> Plan:
+    """Read a plan from a file.
+
+    Raises:
+        FileFormatError: the file is not a plan; the message names the place.
+        MissingPathError: there is no such file.
+    """
+    if not path.is_file():
+        raise MissingPathError(f"there is no file {str(path)!r}")
+    try:
+        parsed = json.loads(
+            path.read_text(encoding="utf-8"),
+            object_pairs_hook=_without_duplicates,
+            parse_constant=_refuse_constant,
+        )
+        return _plan(parsed)
+    except json.JSONDecodeError as error:
+        raise FileFormatError(
+            f"{str(path)!r} is not JSON, or only the beginning of a file: "
+            f"{error.msg} at line {error.lineno}, column {error.colno}"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise FileFormatError(f"{str(path)!r} is not UTF-8 text: {error}") from error
+    except (InputError, RecursionError) as error:
+        raise FileFormatError(f"{str(path)!r} is not a plan: {error}") from error
+
+
+def _plan(parsed: object) -> Plan:
+    if not isinstance(parsed, dict) or parsed.get("format") != FORMAT:
+        found = parsed.get("format") if isinstance(parsed, dict) else parsed
+        raise InputError(f"its format is {describe(found)}; {FORMAT!r} is wanted")
+    if parsed.get("version") != VERSION or isinstance(parsed["version"], bool):
+        raise InputError(
+            f"its version is {describe(parsed.get('version'))}; this release reads version {VERSION}: "
+            "use the release that wrote it, or calibrate again"
+        )
+    names: tuple[str, ...] = (
+        "format",
+        "version",
+        "model",
+        "texts_sha256",
+        "tolerance",
+        "calibrated_length",
+    )
+    top = _fields("the file", parsed, (*names, "min_length", "layers"))
+    names = tuple(field.name for field in dataclasses.fields(ModelShape))
+    shape = _make("model", ModelShape, **_fields("model", top["model"], names))
+    length = top["calibrated_length"]
+    layers = tuple(
+        tuple(
+            _head_plan(f"layer {layer}, head {head}", entry, length)
+            for head, entry in enumerate(_list(f"layer {layer}", heads))
+        )
+        for layer, heads in enumerate(_list("layers", top["layers"]))
+    )
+    return Plan(
+        model=shape,
+        texts_sha256=top["texts_sha256"],
+        tolerance=top["tolerance"],
+        calibrated_length=length,
+        min_length=top["min_length"],
+        heads=layers,
+    )
+
+
+def _head_plan(place: str, entry: object, length: Any) -> HeadPlan:
+    fields = _fields(place, entry, ("setting", "error", "cost"))
+    setting = fields["setting"]
+    if setting == "exact":
+        fields["setting"] = None
+    elif isinstance(setting, dict):
+        where = f"{place}, setting"
+        found = _fields(where, setting, (*_SIZES, *_OTHERS))
+        for name in _SIZES:
+            if isinstance(found[name], dict):
+                inner = f"{where}, {name}"
+                size = _fields(inner, found[name], ("size", "power", "multiple"))
+                found[name] = _make(inner, Size, length=length, **size)
+        fields["setting"] = _make(where, HeadSetting, **found)
+    else:
+        raise InputError(f"{place}: setting is {describe(setting)}; 'exact' or an object is wanted")
+    return _make(place, HeadPlan, **fields)
+
+
+def _make(place: str, kind: Callable[..., _T], **fields: Any) -> _T:
+    """Return kind(**fields), its complaint beginning with the place in the file."""
+    try:
+        return kind(**fields)
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from None
+
+
+def _fields(place: str, entry: object, names: tuple[str, ...]) -> dict[str, Any]:
+    """Return a copy of an object that has exactly these fields."""
+    if not isinstance(entry, dict):
+        raise InputError(f"{place} is {describe(entry)}; an object with {', '.join(names)} is wanted")
+    missing = [name for name in names if name not in entry]
+    unknown = [name for name in entry if name not in names]
+    if missing or unknown:
+        wrong = [f"lacks {', '.join(missing)}"] * bool(missing)
+        wrong += [f"has unknown {', '.join(map(repr, unknown))}"] * bool(unknown)
+        raise InputError(f"{place} {' and '.join(wrong)}; wanted are {', '.join(names)}")
+    return dict(entry)
+
+
+def _list(place: str, entry: object) -> list[Any]:
+    if not isinstance(entry, list):
+        raise InputError(f"{place} is {describe(entry)}; a list is wanted")
+    return entry
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise InputError(f"{', '.join(map(repr, twice))} stands twice in one object")
+    return found
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise InputError(f"it holds {name}; every number must be finite")

@@ -1,0 +1,128 @@
+"""What an approximated head computes, with sizes that grow with the prompt."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ..checks import check_nonnegative, check_nonnegative_int, check_positive_int, describe
+from ..errors import InputError
+from ..hybrid import FAR_FIELDS
+
+
+class ConcreteSetting(NamedTuple):
+    """The sizes of a `HeadSetting` for one prompt length: arguments of hybrid attention."""
+
+    window: int
+    """Latest keys that every query sees, in tokens."""
+    sinks: int
+    """First tokens that every query sees."""
+    columns: int
+    """Heaviest single keys."""
+    blocks: int
+    """Heaviest key blocks of each query block."""
+    far_field: str
+    """What stands for all other keys: ``"none"``, ``"segments"`` or ``"conv"``."""
+    key_weights: bool
+    """Whether the keys of a segment are weighed by what sampled rows look at."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """A size that grows with the prompt.
+
+    At a prompt of n tokens it is ``size * (n / length) ** power``, rounded up to a whole multiple of
+    `multiple`; at the calibrated length it is thus `size` itself, rounded up.
+
+    Attributes:
+        size: tokens (or blocks) at the calibrated length, >= 0.
+        length: the calibrated length, in tokens.
+        power: of the prompt length: 0 stays as it is, 1 keeps its share of the prompt.
+        multiple: what to round up to.
+
+    Example:
+        >>> window = Size(256, length=4096, power=0.5, multiple=64)
+        >>> window.at(4096), window.at(16384), window.at(5000)
+        (256, 512, 320)
+    """
+
+    size: int
+    length: int
+    power: float = 0.0
+    multiple: int = 1
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        check_nonnegative_int("size", self.size)
+        check_positive_int("length", self.length, "the calibrated length in tokens")
+        check_nonnegative("power", self.power)
+        check_positive_int("multiple", self.multiple, "what the size is rounded up to")
+
+    def at(self, n: int) -> int:
+        """Return the size for a prompt of n tokens."""
+        grown = self.size * (n / self.length) ** self.power
+        # Rounding of the power must not carry a whole number to the next multiple.
+        return math.ceil(grown / self.multiple - 1e-9) * self.multiple
+
+
+@dataclass(frozen=True)
+class HeadSetting:
+    """What one approximated head computes; sizes are whole numbers or grow with the prompt (`Size`).
+
+    Attributes:
+        window: latest keys that every query sees, in tokens, >= 1.
+        sinks: first tokens that every query sees.
+        columns: heaviest single keys, found by sampled rows.
+        blocks: heaviest key blocks of each query block.
+        far_field: what stands for all other keys: ``"none"`` (nothing), ``"segments"`` or ``"conv"``.
+        key_weights: weigh the keys of a segment by what sampled rows look at.
+
+    Example:
+        >>> setting = HeadSetting(window=Size(256, length=4096, power=0.5, multiple=64), columns=32)
+        >>> setting.at(16384)
+        ConcreteSetting(window=512, sinks=4, columns=32, blocks=0, far_field='none', key_weights=False)
+    """
+
+    window: int | Size = 256
+    sinks: int | Size = 4
+    columns: int | Size = 64
+    blocks: int | Size = 0
+    far_field: str = "none"
+    key_weights: bool = False
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        for name in ("window", "sinks", "columns", "blocks"):
+            value = getattr(self, name)
+            if not isinstance(value, Size):
+                check_nonnegative_int(name, value)
+        if self.window == 0 or (isinstance(self.window, Size) and self.window.size == 0):
+            raise InputError("window=0 leaves a query without its own key; give at least 1 token")
+        if self.far_field not in FAR_FIELDS:
+            raise InputError(
+                f"far_field={describe(self.far_field)} is not known; "
+                f"use one of {', '.join(map(repr, FAR_FIELDS))}"
+            )
+        if not isinstance(self.key_weights, bool):
+            raise InputError(f"key_weights={describe(self.key_weights)} is not True or False")
+        if self.far_field == "conv" and self.blocks != 0:
+            raise InputError(
+                f"far_field='conv' with blocks={self.blocks}: a convolution cannot leave out what "
+                "blocks see; give blocks=0"
+            )
+
+    def at(self, n: int) -> ConcreteSetting:
+        """Return the sizes for a prompt of n tokens; those counted in keys are at most n."""
+        return ConcreteSetting(
+            window=min(_at(self.window, n), n),
+            sinks=min(_at(self.sinks, n), n),
+            columns=min(_at(self.columns, n), n),
+            blocks=_at(self.blocks, n),
+            far_field=self.far_field,
+            key_weights=self.key_weights,
+        )
+
+
+def _at(size: int | Size, n: int) -> int:
+    return size.at(n) if isinstance(size, Size) else size

@@ -1,0 +1,99 @@
+"""The dense oracle of hybrid attention, on what the library chooses."""
+
+from __future__ import annotations
+
+import reference
+import torch
+
+from convbasis.hybrid import sampling, scaled_conv, selection
+from convbasis.hybrid.window import BLOCK, Window
+
+DEFAULTS = {
+    "window": 256, "sinks": 4, "columns": 64, "blocks": 0, "far_field": "none", "num_segments": 128,
+    "key_weights": False, "samples": 64, "seed": 0,
+}  # fmt: skip
+
+
+def gen(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def qkv(n, *, batch=1, heads=1, kv_heads=None, d=16, d_v=None, dtype=torch.float64, seed=0):
+    g = gen(seed)
+
+    def draw(h, width):
+        return torch.randn(batch, h, n, width, generator=g, dtype=torch.float64)
+
+    kv_heads = kv_heads or heads
+    query, key, value = draw(heads, d), draw(kv_heads, d), draw(kv_heads, d_v or d)
+    return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
+def hybrid_attention(query, key, value, scale=None, **options):
+    """Output and log-sum-exp ``(B, H, n, ·)`` in float64; differentiable, the selection is constant."""
+    work = torch.float64 if query.dtype == torch.float64 else torch.float32
+    query, key, value = (x.to(work) for x in (query, key, value))
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    batch, heads, _, _ = query.shape
+    group = heads // key.shape[1]
+    outputs, sums = [], []
+    for b in range(batch):
+        for h in range(key.shape[1]):
+            own = query[b, h * group : (h + 1) * group], key[b, h : h + 1], value[b, h : h + 1]
+            found = [selected(*own, scale, {**DEFAULTS, **options}, head) for head in range(group)]
+            for head, chosen in enumerate(found):
+                output, lse = reference.hybrid_attention(
+                    own[0][head], own[1][0], own[2][0], scale, **chosen
+                )
+                outputs.append(output)
+                sums.append(lse)
+    return (
+        torch.stack(outputs).unflatten(0, (batch, heads)),
+        torch.stack(sums).unflatten(0, (batch, heads)),
+    )
+
+
+@torch.no_grad()
+def selected(query, key, value, scale, settings, head):
+    """What one head of those that share a key sees: columns and blocks are the library's choice."""
+    count, n, _ = query.shape
+    far, span = settings["far_field"], None
+    aligned = bool(settings["blocks"]) or far == "segments"
+    window = Window(settings["window"], aligned)
+    first = window.first(torch.arange(n)).clamp(min=0)
+    begin = int((first > 0).int().argmax()) if bool(first[-1] > 0) else n
+    found = {"first": first}
+    if begin == n:
+        return found
+    rows = sampling.spread_rows(begin, n, settings["samples"], 0, settings["seed"])
+    rows = rows if len(rows) else torch.tensor([n - 1])
+    exact = sampling.sampled_rows(query, key, rows, scale)
+    columns = selection.heavy_columns(
+        exact, window, n, count, settings["sinks"], settings["columns"], query.device
+    )
+    seen = selection.seen_columns(columns, n, n)
+    found["columns"] = seen[head].nonzero()[:, 0].tolist()
+    blocks = -(-n // BLOCK)
+    if settings["blocks"]:
+        padding = (0, 0, 0, blocks * BLOCK - n)
+        q, k = (torch.nn.functional.pad(x, padding) for x in (query, key))
+        before = window.first(torch.arange(0, n, BLOCK)).clamp(min=0) // BLOCK
+        chosen = selection.heavy_blocks(
+            q, k, columns, before, settings["blocks"], scale, settings["seed"]
+        )
+        found["chosen"] = [[x for x in own.tolist() if x < blocks] for own in chosen[head]]
+    if far == "segments":
+        found["span"] = span = -(-blocks // settings["num_segments"])
+        if settings["key_weights"]:
+            found["weights"], found["corrections"] = reference.segment_fit(
+                query[head], key[0], scale, first, found["columns"], span, rows
+            )
+    if far == "conv":
+        fit, targets = scaled_conv._fit(seen, window, exact)
+        lags = (torch.arange(n)[:, None] - torch.arange(n)).clamp(min=0)
+        model = fit.columns[:, None].double() + fit.lags.double()[:, lags]
+        hidden = (torch.arange(n) >= first[:, None]) | seen[:, None]
+        lse = model.masked_fill(hidden, -torch.inf).logsumexp(-1).to(query.dtype)
+        alpha = scaled_conv._row_factors(query, key, seen, window, scale, exact, targets, lse)
+        found["factors"] = model[head] + alpha[head, :, None].double()
+    return found

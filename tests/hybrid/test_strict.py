@@ -1,0 +1,444 @@
+"""Strictly causal hybrid attention against its dense definition, and a prompt in chunks."""
+
+import copy
+import itertools
+
+import pytest
+import reference
+import torch
+from comparison import assert_close
+from oracle import gen, qkv
+
+import convbasis as cb
+from convbasis.hybrid.sampling import own_rows
+from convbasis.hybrid.settings import Settings
+from convbasis.hybrid.strict import STRETCH, _stretch_rows
+from convbasis.hybrid.window import BLOCK, Window
+
+N = 1500
+SMALL = {"window": 100, "columns": 9, "samples": 40}
+PLAIN = {**SMALL}
+BLOCKS = {**SMALL, "blocks": 2}
+SEGMENTS = {**SMALL, "far_field": "segments", "num_segments": 6}
+EVERYTHING = {**SMALL, "blocks": 1, "far_field": "segments", "num_segments": 5, "seed": 3}
+BARE = {"window": 1, "sinks": 0, "columns": 0, "blocks": 1}
+ALL = [PLAIN, BLOCKS, SEGMENTS, EVERYTHING, BARE, {**BARE, "far_field": "segments"}]
+# At and beside the borders of blocks and stretches, and elsewhere.
+PLACES = [1, 63, 127, 128, 129, 300, 511, 512, 513, 575, 576, 577, 801, 1023, 1024, 1090]
+
+
+def strictly(inputs, **options):
+    return cb.hybrid_attention_stats(*inputs, enable_gqa=True, strict=True, **options)
+
+
+def in_chunks(inputs, ends, **options):
+    """Outputs and log-sum-exps of chunks, and the state after them."""
+    query, key, value = inputs
+    state, outputs, sums = cb.HybridState(enable_gqa=True, **options), [], []
+    for end in ends:
+        own = query[:, :, state.length : end], key[:, :, :end], value[:, :, :end]
+        stats = state.attend_stats(*own)
+        outputs.append(stats.output)
+        sums.append(stats.lse)
+    return torch.cat(outputs, 2), torch.cat(sums, 2), state
+
+
+def ends_of(size, n=N):
+    return [*range(size, n, size), n]
+
+
+def dense(query, key, value, settings):
+    """One head ``(n, d)``, each stretch by the dense reference on what came before its end."""
+    n, scale = len(query), query.shape[-1] ** -0.5
+    window = Window(settings.window, settings.aligned)
+    first = window.first(torch.arange(n)).clamp(min=0)
+    logits = reference.exact_logits(query.detach(), key.detach(), scale)
+    hidden = torch.ones(n, n, dtype=torch.bool).triu(1)
+    weights = logits.masked_fill(hidden, -torch.inf).softmax(-1)
+    places = 2 * torch.randperm(BLOCK // 2, generator=gen(settings.seed))[:4]
+    places = own_rows(places, 0, settings.seed)
+    mass = torch.zeros(n, dtype=torch.float64)
+    outputs, sums = [], []
+    for begin in range(0, n, STRETCH):
+        end = min(n, begin + STRETCH)
+        ranked = mass.clone()
+        ranked[: settings.sinks] = 0.0
+        heavy = [int(x) for x in ranked.argsort(descending=True)[: settings.columns] if ranked[x] > 0]
+        columns = list(range(settings.sinks)) + heavy
+        chosen = [[] for _ in range(-(-end // BLOCK))]
+        for block in range(begin // BLOCK, len(chosen)):
+            if settings.blocks and block:
+                looked = weights[(block - 1) * BLOCK + places].sum(0)
+                looked[[x for x in columns if x < n]] = 0.0
+                before = int(first[block * BLOCK]) // BLOCK
+                by_block = looked[: before * BLOCK].unflatten(0, (-1, BLOCK)).sum(1)
+                chosen[block] = by_block.topk(min(settings.blocks, before)).indices.tolist()
+        span = None
+        if settings.far_field == "segments":
+            span = -(-(begin + STRETCH) // BLOCK // settings.num_segments)
+        known = (x[:end] for x in (query, key, value))
+        output, lse = reference.hybrid_attention(*known, scale, first[:end], columns, chosen, span)
+        outputs.append(output[begin:])
+        sums.append(lse[begin:])
+        if end == begin + STRETCH:
+            for row in _stretch_rows(begin, settings, query.device).tolist():
+                mass[: first[row]] += weights[row, : first[row]]
+    return torch.cat(outputs), torch.cat(sums)
+
+
+def dense_heads(query, key, value, **options):
+    defaults = {"sinks": 4, "blocks": 0, "far_field": "none", "num_segments": 128, "seed": 0}
+    settings = Settings(**{"samples": 64, "key_weights": False, **defaults, **options}, strict=True)
+    group = query.shape[1] // key.shape[1]
+    found = [
+        dense(query[0, h], key[0, h // group], value[0, h // group], settings)
+        for h in range(query.shape[1])
+    ]
+    return tuple(torch.stack(parts)[None] for parts in zip(*found, strict=True))
+
+
+class TestOneCall:
+    @pytest.mark.parametrize("options", ALL, ids=str)
+    def test_equals_the_dense_definition(self, options):
+        inputs = qkv(1100, heads=2, kv_heads=1, d=8, d_v=5)
+        expected, lse = dense_heads(*inputs, **options)
+        stats = strictly(inputs, **options)
+        assert_close(expected, stats.output, whole=1e-11, row=1e-9)
+        assert (stats.lse - lse).abs().max() < 1e-10
+        other = cb.hybrid_attention(*inputs, enable_gqa=True, strict=True, **options)
+        assert torch.equal(other, stats.output)
+
+    @pytest.mark.parametrize("options", [BLOCKS, EVERYTHING], ids=str)
+    def test_gradients_equal_those_of_the_dense_definition(self, options):
+        inputs = [x.requires_grad_() for x in qkv(700, heads=2, kv_heads=1, d=8)]
+        expected = dense_heads(*inputs, **options)
+        found = strictly(inputs, **options)[:2]
+        up = [torch.randn(x.shape, generator=gen(1), dtype=x.dtype) for x in found]
+        want = torch.autograd.grad(expected, inputs, up)
+        for a, b in zip(want, torch.autograd.grad(found, inputs, up), strict=True):
+            assert (a - b).abs().max() <= 1e-10 * a.abs().max()
+
+    @pytest.mark.parametrize("options", ALL, ids=str)
+    def test_rows_do_not_depend_on_later_tokens(self, options):
+        inputs = qkv(1100, heads=2, kv_heads=1, d=8)
+        whole = strictly(inputs, **options)
+        for place in PLACES:
+            changed = [x.clone() for x in inputs]
+            for tensor in changed:
+                tensor[:, :, place:] = 3.0 * tensor[:, :, place:].flip(2) + 1.0
+            other = strictly(changed, **options)
+            assert torch.equal(whole.output[:, :, :place], other.output[:, :, :place]), place
+            assert torch.equal(whole.lse[:, :, :place], other.lse[:, :, :place]), place
+            assert not torch.equal(whole.output[:, :, place], other.output[:, :, place])
+
+    @pytest.mark.parametrize("options", [PLAIN, BLOCKS, EVERYTHING], ids=str)
+    def test_one_token_changes_no_row_before_it(self, options):
+        inputs = qkv(1100, heads=2, kv_heads=1, d=8)
+        whole = strictly(inputs, **options).output
+        for place in torch.randint(1100, (6,), generator=gen(5)).tolist():
+            for index in range(3):
+                changed = [x.clone() for x in inputs]
+                changed[index][:, :, place] *= -5.0
+                other = strictly(changed, **options).output
+                assert torch.equal(whole[:, :, :place], other[:, :, :place])
+                assert not torch.equal(whole[:, :, place:], other[:, :, place:])
+
+    @pytest.mark.parametrize("options", [PLAIN, BLOCKS], ids=str)
+    def test_without_strict_they_do(self, options):
+        inputs = qkv(1100, heads=2, kv_heads=1, d=8)
+        changed = [x.clone() for x in inputs]
+        changed[0][:, :, 576:] *= 3.0
+        one, other = (cb.hybrid_attention(*x, enable_gqa=True, **options) for x in (inputs, changed))
+        assert not torch.equal(one[:, :, :576], other[:, :, :576])
+
+    @pytest.mark.parametrize("options", ALL, ids=str)
+    def test_rows_do_not_depend_on_the_number_of_tokens(self, options):
+        inputs = qkv(N, d=8)
+        whole = strictly(inputs, **options)
+        for n in (1, 100, 512, 545, 1024, 1300):
+            own = strictly([x[:, :, :n] for x in inputs], **options)
+            assert_close(own.output, whole.output[:, :, :n], whole=1e-11, row=1e-10)
+            assert (own.lse - whole.lse[:, :, :n]).abs().max() < 1e-11
+
+    @pytest.mark.parametrize("options", [PLAIN, EVERYTHING], ids=str)
+    def test_no_gradient_goes_to_later_tokens(self, options):
+        inputs = [x.requires_grad_() for x in qkv(1100, heads=2, kv_heads=1, d=8)]
+        stats = strictly(inputs, **options)
+        for place in (64, 300, 512, 1000):
+            early = stats.output[:, :, :place].square().sum() + stats.lse[:, :, :place].sum()
+            for gradient in torch.autograd.grad(early, inputs, retain_graph=True):
+                assert bool((gradient[:, :, place:] == 0).all())
+                assert bool((gradient[:, :, :place] != 0).any())
+
+    @pytest.mark.parametrize("options", [PLAIN, BLOCKS, EVERYTHING], ids=str)
+    def test_the_option_changes_the_result(self, options):
+        inputs = qkv(1100, d=8)
+        one, other = (cb.hybrid_attention(*inputs, strict=s, **options) for s in (False, True))
+        assert float((one - other).norm() / one.norm()) > 0.01
+
+    def test_without_choices_it_changes_no_more_than_rounding(self):
+        inputs = qkv(1100, d=8)
+        options = {"window": 64, "columns": 0}
+        one, other = (cb.hybrid_attention(*inputs, strict=s, **options) for s in (False, True))
+        assert_close(one, other, whole=1e-12, row=1e-11)
+
+    def test_a_heavy_column_is_found_a_stretch_later(self):
+        query, key, value = qkv(1100, d=8, dtype=torch.float32)
+        query[..., 0] = 6.0
+        key[..., 0] = 0.0
+        key[:, :, 100, 0] = 9.0
+        options = {"window": 64, "sinks": 0, "columns": 2, "strict": True}
+        output = cb.hybrid_attention(query, key, value, **options)
+        exact = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        error = (output - exact).norm(dim=-1)[0, 0] / exact.norm(dim=-1)[0, 0]
+        assert float(error[200:512].min()) > 0.3
+        assert float(error[512:].max()) < 0.05
+
+    @pytest.mark.parametrize("options", ALL, ids=str)
+    def test_with_logits_of_0_the_normaliser_counts_keys(self, options):
+        query, key, value = qkv(1100, heads=2)
+        stats = strictly((torch.zeros_like(query), key, torch.ones_like(value)), **options)
+        assert (stats.output - 1.0).abs().max() < 1e-12
+        every = torch.arange(1.0, 1101).double().log()
+        if options.get("far_field") == "segments":
+            assert (stats.lse - every).abs().max() < 1e-11
+        else:
+            assert bool((stats.lse < every + 1e-12).all())
+
+    @pytest.mark.parametrize("left", [True, False])
+    @pytest.mark.parametrize("options", [PLAIN, EVERYTHING], ids=str)
+    def test_padding_and_other_sequences_change_nothing(self, options, left):
+        inputs = qkv(700, batch=2, heads=2, kv_heads=1, d=8)
+        mask = torch.ones(2, 700, dtype=torch.bool)
+        real = slice(90, None) if left else slice(None, 610)
+        mask[1] = False
+        mask[1, real] = True
+        both = strictly(inputs, key_padding_mask=mask, **options)
+        alone = strictly([x[1:, :, real] for x in inputs], **options)
+        assert torch.equal(both.output[1:, :, real], alone.output)
+        assert torch.equal(both.lse[1:, :, real], alone.lse)
+        assert bool((both.output[1, :, ~mask[1]] == 0).all())
+
+    @pytest.mark.parametrize("options", [PLAIN, BLOCKS, SEGMENTS], ids=str)
+    def test_the_estimate_is_near_the_error(self, options):
+        query, key, value = qkv(N, heads=4, d=8)
+        stats = strictly((1.5 * query, key, value), **options)
+        exact = torch.nn.functional.scaled_dot_product_attention(
+            1.5 * query, key, value, is_causal=True
+        )
+        error = (stats.output - exact).norm(dim=(2, 3)) / exact.norm(dim=(2, 3))
+        assert bool((stats.error_mean < 2.0 * error).all())
+        assert bool((stats.error_mean > 0.5 * error).all())
+        assert bool((stats.error_estimate > error).all())
+
+    def test_dispatch_says_what_ran(self):
+        inputs = qkv(1100, d=8)
+        dispatch = strictly(inputs, **EVERYTHING).dispatch
+        assert dispatch.parts == ("window", "columns", "blocks", "segments")
+        assert dispatch.sampled_rows == 2 * (40 // 8) + 40
+        assert strictly([x[:, :, :80] for x in inputs], **EVERYTHING).dispatch.parts == ("window",)
+
+    def test_the_seed_matters_and_repeats(self):
+        inputs = qkv(1100, d=8)
+        one, again, other = (strictly(inputs, **{**BLOCKS, "seed": s}).output for s in (1, 1, 2))
+        assert torch.equal(one, again)
+        assert not torch.equal(one, other)
+
+
+class TestChunks:
+    @pytest.mark.parametrize("size", [7, 64, 100, 512, 700, N])
+    @pytest.mark.parametrize("options", ALL, ids=str)
+    def test_any_size_gives_one_call(self, options, size):
+        inputs = qkv(N, heads=2, kv_heads=1, d=8)
+        whole = strictly(inputs, **options)
+        output, lse, state = in_chunks(inputs, ends_of(size), **options)
+        assert_close(whole.output, output, whole=1e-12, row=1e-10)
+        assert (lse - whole.lse).abs().max() < 1e-10
+        assert state.length == N
+
+    @pytest.mark.parametrize("options", [PLAIN, EVERYTHING], ids=str)
+    def test_token_by_token(self, options):
+        query, key, value = inputs = qkv(N, d=8, dtype=torch.float32)
+        whole = strictly(inputs, **options).output
+        state = cb.HybridState(**options)
+        parts = [
+            state.attend(query[:, :, i : i + 1], key[:, :, : i + 1], value[:, :, : i + 1])
+            for i in range(N)
+        ]
+        assert_close(whole, torch.cat(parts, 2), whole=1e-5, row=1e-5)
+
+    @pytest.mark.parametrize("options", ALL, ids=str)
+    def test_random_sizes_in_single_precision(self, options):
+        inputs = qkv(N, batch=2, heads=4, kv_heads=2, d=8, d_v=5, dtype=torch.float32)
+        whole = strictly(inputs, **options)
+        ends = sorted({*torch.randint(1, N, (9,), generator=gen(2)).tolist(), 512, 513, N})
+        output, lse, _ = in_chunks(inputs, ends, **options)
+        assert_close(whole.output, output, whole=1e-5, row=1e-5)
+        assert (lse - whole.lse).abs().max() < 1e-5
+
+    @pytest.mark.parametrize("options", ALL, ids=str)
+    def test_equal_weights_are_chosen_alike(self, options):
+        """Ties are broken in chunks as in one call."""
+        query, key, value = qkv(N, d=8)
+        inputs = (torch.zeros_like(query), key, value)
+        whole = strictly(inputs, **options)
+        for size in (100, 512):
+            output, lse, _ = in_chunks(inputs, ends_of(size), **options)
+            assert_close(whole.output, output, whole=1e-12, row=1e-10)
+            assert (lse - whole.lse).abs().max() < 1e-10
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_half_precision(self, dtype):
+        inputs = qkv(1100, heads=2, kv_heads=1, d=8, dtype=dtype)
+        whole = strictly(inputs, **EVERYTHING)
+        output, lse, _ = in_chunks(inputs, ends_of(300, 1100), **EVERYTHING)
+        assert output.dtype == dtype
+        assert_close(whole.output, output, whole=0.01, row=0.01)
+        assert (lse - whole.lse).abs().max() < 1e-5
+
+    def test_gradients(self):
+        """Those of all chunks together are those of one call."""
+        inputs = [x.requires_grad_() for x in qkv(1100, heads=2, kv_heads=1, d=8)]
+        whole = strictly(inputs, **EVERYTHING).output
+        output, _, state = in_chunks(inputs, ends_of(150, 1100), **EVERYTHING)
+        up = torch.randn(output.shape, generator=gen(1), dtype=output.dtype)
+        want = torch.autograd.grad(whole, inputs, up)
+        for a, b in zip(want, torch.autograd.grad(output, inputs, up), strict=True):
+            assert (a - b).abs().max() <= 1e-10 * a.abs().max()
+        assert not any(x.requires_grad for own in state._running for x in own)
+
+    def test_each_chunk_has_its_own_estimate(self):
+        query, key, value = qkv(N, d=8)
+        exact = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        state = cb.HybridState(window=64)
+        for begin, end in itertools.pairwise((0, 50, 64, 700, N)):
+            stats = state.attend_stats(query[:, :, begin:end], key[:, :, :end], value[:, :, :end])
+            part = exact[:, :, begin:end]
+            error = (stats.output - part).norm() / part.norm()
+            if end <= 64:
+                assert float(stats.error_estimate) == 0.0
+            else:
+                assert 0.5 * error < float(stats.error_mean) < 2.0 * error
+                assert float(stats.error_estimate) > error
+
+    def test_the_state_stays_small(self):
+        inputs = qkv(N, heads=2, kv_heads=1, d=8)
+        for n in (100, 511, 512, 600, 1023, N):
+            state = in_chunks([x[:, :, :n] for x in inputs], ends_of(90, n), **EVERYTHING)[2]
+            assert state.numbers() <= 2 * (n + 511 * 8)
+
+    def test_a_copy_goes_on_by_itself(self):
+        one, other = qkv(900, d=8), [x.clone() for x in qkv(900, d=8)]
+        for tensor in other:
+            tensor[:, :, 600:] += 1.0
+        state = in_chunks([x[:, :, :600] for x in one], [600], **EVERYTHING)[2]
+        fork = copy.copy(state)
+        for inputs, own in ((one, state), (other, fork)):
+            output = own.attend(inputs[0][:, :, 600:], *inputs[1:])
+            whole = strictly(inputs, **EVERYTHING).output[:, :, 600:]
+            assert_close(whole, output, whole=1e-12, row=1e-10)
+            assert own.length == 900
+
+    def test_inputs_may_be_overwritten_after_a_call(self):
+        inputs = qkv(900, d=8)
+        whole = strictly(inputs, **EVERYTHING).output
+        state, first = cb.HybridState(**EVERYTHING), inputs[0][:, :, :600].clone()
+        state.attend(first, *(x[:, :, :600] for x in inputs[1:]))
+        first.zero_()
+        output = state.attend(inputs[0][:, :, 600:], *inputs[1:])
+        assert_close(whole[:, :, 600:], output, whole=1e-12, row=1e-10)
+
+    def test_what_it_shows(self):
+        state = cb.HybridState(window=9)
+        state.attend(*qkv(30))
+        assert repr(state).startswith("HybridState(length=30, window=9, sinks=4, columns=64, blocks=0")
+        assert state.length == 30
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (
+                {"far_field": "conv"},
+                "far_field='conv' with strict=True: its factors are fitted to rows",
+            ),
+            ({"far_field": "segments", "key_weights": True}, "key_weights=True with strict=True"),
+        ],
+        ids=str,
+    )
+    def test_what_needs_the_whole_prompt(self, options, message):
+        for call in (cb.hybrid_attention, cb.hybrid_attention_stats):
+            with pytest.raises(cb.InputError, match=message):
+                call(*qkv(30), strict=True, **options)
+
+    def test_options(self):
+        with pytest.raises(cb.InputError, match="strict='yes' is neither True nor False"):
+            cb.hybrid_attention(*qkv(30), strict="yes")
+        with pytest.raises(cb.InputError, match="far_field='conv' with strict=True"):
+            cb.HybridState(far_field="conv")
+        with pytest.raises(cb.InputError, match="window=0 is not a positive integer"):
+            cb.HybridState(window=0)
+        with pytest.raises(cb.InputError, match="scale='x' is not a finite number"):
+            cb.HybridState(scale="x")
+
+    def test_chunks_that_do_not_follow(self):
+        query, key, value = qkv(300, heads=2, d=8)
+        state = cb.HybridState(window=20, columns=3)
+        state.attend(*(x[:, :, :100] for x in (query, key, value)))
+        new, keys, values = query[:, :, 100:150], key[:, :, :150], value[:, :, :150]
+        cases = [
+            (
+                (new, key[:, :, :151], values),
+                r"1, heads, 150, 8\): keys of the 100 tokens before and of",
+            ),
+            ((new, key[:, :, 100:150], values), r"the 100 tokens before and of the 50 of the query"),
+            ((new, keys, value[:, :, :149]), r"value has shape .*must be \(1, 2, 150, d_v\)"),
+            ((new[:, :1], keys[:, :1], values[:, :1]), "query_heads 2, .*this chunk is of .*_heads 1,"),
+            ((new, keys, values[..., :5]), "value_size 8, .*this chunk is of .*value_size 5"),
+            ((new[..., :4], keys[..., :4], values), "key_size 8, .* this chunk is of .*key_size 4"),
+            (tuple(x.float() for x in (new, keys, values)), "float64, .* is of .*float32"),
+            (
+                tuple(x.expand(3, -1, -1, -1) for x in (new, keys, values)),
+                "the state is of sequences 1, .*this chunk is of sequences 3,.*a new HybridState",
+            ),
+            ((new, keys[:, :1], values[:, :1]), "key has 1 heads but query has 2"),
+            ((new[:, :, :0], keys, values), "it holds nothing"),
+            ((new[0], keys, values), "four dimensions"),
+            ((None, keys, values), "query is None"),
+            ((new.index_fill(2, torch.tensor([7]), float("nan")), keys, values), "query holds 16 NaN"),
+            ((new, keys.index_fill(2, torch.tensor([7]), float("inf")), values), r"key holds 16 NaN"),
+        ]
+        for tensors, message in cases:
+            with pytest.raises(cb.InputError, match=message):
+                state.attend(*tensors)
+            assert state.length == 100
+        # A refused chunk leaves the state as it was.
+        output = state.attend(new, keys, values)
+        whole = cb.hybrid_attention(query, key, value, window=20, columns=3, strict=True)
+        assert_close(whole[:, :, 100:150], output, whole=1e-12, row=1e-10)
+
+    def test_keys_before_the_first_chunk(self):
+        query, key, value = qkv(50)
+        with pytest.raises(
+            cb.InputError, match="keys of the 0 tokens before and of the 20 of the query"
+        ):
+            cb.HybridState().attend(query[:, :, 30:], key, value)
+
+
+def test_sampled_rows_depend_on_place_and_seed_alone():
+    def rows(begin, seed, samples=64):
+        options = {"samples": samples, "key_weights": False, "num_segments": 1, "far_field": "none"}
+        settings = Settings(window=9, sinks=0, columns=1, blocks=0, seed=seed, strict=True, **options)
+        return _stretch_rows(begin, settings, torch.device("cpu")).tolist()
+
+    assert rows(512, 0) == rows(512, 0)
+    assert (
+        len({tuple(x % 512 for x in rows(512 * s, seed)) for s in range(5) for seed in range(5)}) == 25
+    )
+    for begin, seed, samples in ((0, 0, 64), (1024, 7, 1), (5120, 2**62 - 1, 10**6)):
+        found = rows(begin, seed, samples)
+        assert len(set(found)) == len(found) == max(1, min(samples // 8, 256))
+        assert all(begin <= x < begin + 512 for x in found)
+        # Of the half that is for fits.
+        assert own_rows(torch.tensor(found), 0, seed).tolist() == found

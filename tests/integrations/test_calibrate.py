@@ -1,0 +1,99 @@
+"""calibrate on a small random model: what the plan says, and that it goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import convbasis as cb
+from convbasis.plan import HeadSetting
+
+transformers = pytest.importorskip("transformers")
+
+LADDER = (HeadSetting(window=32, columns=8), HeadSetting(window=128, columns=8, blocks=2))
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(64, (2, 600), generator=torch.Generator().manual_seed(1))
+
+
+def test_a_plan_states_every_head_and_holds_to_the_tolerance(model, ids, monkeypatch):
+    monkeypatch.setattr("convbasis.plan.ladder._timed", lambda run, *a, **o: (run(*a, **o), 1e-3))
+    monkeypatch.setattr("convbasis.integrations.calibrate.crossover", lambda *_: 512)
+    before = model.config._attn_implementation
+    # Exact attention and every setting take the same time here: nothing is cheaper.
+    assert cb.calibrate(model, ids, tolerance=10.0, ladder=LADDER).approximated == 0
+
+    def timed(run, *inputs, **options):
+        return run(*inputs, **options), 2.0 if options.get("is_causal") else 1.0
+
+    monkeypatch.setattr("convbasis.plan.ladder._timed", timed)
+    loose = cb.calibrate(model, ids, tolerance=10.0, ladder=LADDER)
+    assert loose.approximated == 12
+    assert (loose.calibrated_length, loose.min_length, loose.tolerance) == (600, 512, 10.0)
+    assert all(head.cost == 0.5 and head.error <= 10.0 for layer in loose.heads for head in layer)
+    tight = cb.calibrate(model, ids, tolerance=1e-6, ladder=LADDER)
+    assert tight.approximated == 0
+    assert loose.texts_sha256 == tight.texts_sha256
+    assert loose.texts_sha256 != cb.calibrate(model, ids[:1], ladder=LADDER).texts_sha256
+    assert model.config._attn_implementation == before
+    loose.check_model(model)
+
+
+def test_a_stopped_calibration_goes_on(model, ids, tmp_path):
+    file = tmp_path / "measured.json"
+
+    class Stop(Exception): ...
+
+    def stop(done: int, total: int) -> None:
+        assert total == 6
+        if done == 4:
+            raise Stop
+
+    with pytest.raises(Stop):
+        cb.calibrate(model, ids, ladder=LADDER, checkpoint=file, progress=stop)
+    kept = json.loads(file.read_text())["measured"]
+    assert len(kept) == 4
+    done = []
+    cb.calibrate(model, ids, ladder=LADDER, checkpoint=file, progress=lambda d, _: done.append(d))
+    assert done == [4, 4, 4, 4, 5, 6]
+    after = json.loads(file.read_text())["measured"]
+    assert {name: after[name] for name in kept} == kept
+    with pytest.raises(cb.FileFormatError, match="another calibration"):
+        cb.calibrate(model, ids, ladder=LADDER, checkpoint=file, seed=1)
+    file.write_text("{")
+    with pytest.raises(cb.FileFormatError, match="no calibration checkpoint"):
+        cb.calibrate(model, ids, ladder=LADDER, checkpoint=file)
+
+
+@pytest.mark.parametrize(
+    ("texts", "options", "message"),
+    [
+        ([torch.arange(100) % 64, torch.arange(90) % 64], {}, r"\[90, 100\] tokens"),
+        (torch.arange(9), {}, "at least 64 tokens"),
+        (torch.rand(100), {}, "integers of shape"),
+        (torch.arange(100) % 64, {"tolerance": 0.0}, "tolerance=0"),
+        (torch.arange(100) % 64, {"ladder": ()}, "ladder is empty"),
+    ],
+)
+def test_bad_input_is_refused(model, texts, options, message):
+    with pytest.raises(cb.InputError, match=message):
+        cb.calibrate(model, texts, **options)
