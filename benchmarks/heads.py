@@ -1,0 +1,150 @@
+"""What each part of hybrid attention does for the heads of a real model, one head at a time.
+
+    python benchmarks/heads.py [--lengths 4096] [--layers 0 3 6 ... 27]
+
+Queries, keys and values of SmolLM2-135M on English prose and on source code. For every setting: the
+relative error of the heads' outputs against exact attention, mean with a bootstrap interval over heads;
+the heads within 10 %; time of exact attention over that of the setting, for all heads of a layer, the
+estimate included; how often the 95 % bound of the error holds, and its median over the error. And for
+how many heads each far field is better than dropping the far keys, at the same window and columns.
+Writes benchmarks/results/heads.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sysconfig
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention as exact_attention
+
+import convbasis as cb
+from convbasis.integrations.capture import observe_layers
+from convbasis.integrations.smollm2 import load_smollm2, sample_text, token_ids
+from convbasis.storage import save_text
+
+ROOT = Path(__file__).parent.parent
+NEAR: dict[str, Any] = {"window": 256, "columns": 60}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "window 320 + sinks": {"window": 320, "columns": 0},
+    "window 256 + 60 columns": NEAR,
+    "window 384 + 60 columns": {**NEAR, "window": 384},
+    "window 256 + 188 columns": {**NEAR, "columns": 188},
+    "segments": {**NEAR, "far_field": "segments"},
+    "segments, key weights": {**NEAR, "far_field": "segments", "key_weights": True},
+    "32 segments, key weights": {
+        **NEAR,
+        "far_field": "segments",
+        "key_weights": True,
+        "num_segments": 32,
+    },
+    "convolution": {**NEAR, "far_field": "conv"},
+    "window 128 + 60 columns + 4 blocks": {"window": 128, "columns": 60, "blocks": 4},
+    "window 128 + 60 columns + 4 blocks + segments, key weights": {
+        "window": 128,
+        "columns": 60,
+        "blocks": 4,
+        "far_field": "segments",
+        "key_weights": True,
+    },
+    "window 256 + 60 columns + 8 blocks": {**NEAR, "blocks": 8},
+}
+
+
+def interval(values: torch.Tensor) -> tuple[float, float]:
+    """The 95 % bootstrap interval of a mean."""
+    generator = torch.Generator().manual_seed(0)
+    index = torch.randint(len(values), (2000, len(values)), generator=generator)
+    means = values[index].mean(1).sort().values
+    return float(means[50]), float(means[1949])
+
+
+def measure(n: int, layers: list[int]) -> list[dict[str, Any]]:
+    loaded = load_smollm2()
+    library = Path(sysconfig.get_path("stdlib"))
+    code = "\n".join((library / name).read_text(encoding="utf-8") for name in ("argparse.py", "ast.py"))
+    found: dict[str, dict[str, list[Any]]] = {
+        name: {"errors": [], "bounds": [], "ratios": []} for name in SETTINGS
+    }
+
+    def observe(layer: int, given: Any) -> None:
+        if layer not in layers:
+            return
+        query, key, value = (x.contiguous() for x in given[:3])
+        options = {"scale": given.scale, "enable_gqa": True}
+        begin = time.perf_counter()
+        exact = exact_attention(query, key, value, is_causal=True, **options)
+        whole = time.perf_counter() - begin
+        norms = torch.linalg.vector_norm(exact[0].double(), dim=(-1, -2))
+        for name, setting in SETTINGS.items():
+            begin = time.perf_counter()
+            stats = cb.hybrid_attention_stats(query, key, value, **setting, **options)
+            own = found[name]
+            own["ratios"].append(whole / (time.perf_counter() - begin))
+            off = torch.linalg.vector_norm((stats.output - exact)[0].double(), dim=(-1, -2))
+            own["errors"].extend((off / norms).tolist())
+            own["bounds"].extend(stats.error_estimate[0].tolist())
+        print(f"n = {n:,}, layer {layer}", flush=True)
+
+    for text in (sample_text(), code):
+        observe_layers(loaded.model, token_ids(loaded.tokenizer, text, n), observe)
+    rows = []
+    for name, own in found.items():
+        errors, bounds = torch.tensor(own["errors"]), torch.tensor(own["bounds"])
+        low, high = interval(errors)
+        rows.append(
+            {
+                "n": n,
+                "setting": name,
+                "heads": len(errors),
+                "ratio": statistics.median(own["ratios"]),
+                "mean": float(errors.mean()),
+                "low": low,
+                "high": high,
+                "median": float(errors.median()),
+                "within": float((errors <= 0.1).double().mean()),
+                "holds": float((bounds >= errors).double().mean()),
+                "bound_over_error": float((bounds / errors).median()),
+                "better_than_dropped": float(
+                    (errors < torch.tensor(found["window 256 + 60 columns"]["errors"])).double().mean()
+                ),
+            }
+        )
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> None:
+    print(
+        "| n | setting | exact / ours | mean error (95 % interval) | median | heads within 10 % "
+        "| better than window 256 + 60 columns | bound holds | bound / error, median |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        print(
+            f"| {row['n']:,} | {row['setting']} | {row['ratio']:.2f}x "
+            f"| {row['mean']:.3f} ({row['low']:.3f} to {row['high']:.3f}) | {row['median']:.3f} "
+            f"| {row['within']:.0%} | {row['better_than_dropped']:.0%} | {row['holds']:.1%} "
+            f"| {row['bound_over_error']:.2f} |"
+        )
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[4096])
+    parser.add_argument("--layers", type=int, nargs="+", default=list(range(0, 30, 3)))
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/heads.json")
+    options = parser.parse_args()
+    rows = [row for n in options.lengths for row in measure(n, options.layers)]
+    table(rows)
+    content = {"torch": torch.__version__, "threads": torch.get_num_threads(), "rows": rows}
+    save_text(options.output, json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
