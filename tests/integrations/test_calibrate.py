@@ -52,6 +52,13 @@ def test_a_plan_states_every_head_and_holds_to_the_tolerance(model, ids, monkeyp
     assert all(head.cost == 0.5 and head.error <= 10.0 for layer in loose.heads for head in layer)
     tight = cb.calibrate(model, ids, tolerance=1e-6, ladder=LADDER)
     assert tight.approximated == 0
+    # The margin is a part of the tolerance.
+    worst = max(head.error for layer in loose.heads for head in layer)
+    whole = {"ladder": LADDER[:1], "tolerance": 1.001 * worst}
+    every = cb.calibrate(model, ids, **whole, margin=1.0)
+    some = cb.calibrate(model, ids, **whole, margin=0.8)
+    assert every.tolerance == some.tolerance
+    assert some.approximated < every.approximated
     assert loose.texts_sha256 == tight.texts_sha256
     assert loose.texts_sha256 != cb.calibrate(model, ids[:1], ladder=LADDER).texts_sha256
     assert model.config._attn_implementation == before
@@ -92,6 +99,8 @@ def test_a_stopped_calibration_goes_on(model, ids, tmp_path):
         (torch.rand(100), {}, "integers of shape"),
         (torch.arange(100) % 64, {"tolerance": 0.0}, "tolerance=0"),
         (torch.arange(100) % 64, {"ladder": ()}, "ladder is empty"),
+        (torch.arange(100) % 64, {"margin": 0.0}, r"margin=0.0 is not in \(0, 1\]"),
+        (torch.arange(100) % 64, {"margin": 1.5}, r"margin=1.5 is not in \(0, 1\]"),
     ],
 )
 def test_bad_input_is_refused(model, texts, options, message):

@@ -28,6 +28,7 @@ def calibrate(
     token_ids: Tensor | Sequence[Tensor],
     *,
     tolerance: float = 0.1,
+    margin: float = 0.65,
     ladder: Sequence[HeadSetting] | None = None,
     checkpoint: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -43,6 +44,8 @@ def calibrate(
             length, is the same for all.
         tolerance: the largest estimated relative error (95 % bound) of an approximated head's output in
             any text; 0.1 is 10 %.
+        margin: part of the tolerance that the bound may take up in these texts; what is left is for
+            prompts unlike them, in which a head beyond the tolerance is computed twice.
         ladder: the settings to choose from; by default windows, columns, blocks and segments of two
             sizes.
         checkpoint: a JSON file that keeps what is measured, layer by layer; a run that was stopped goes
@@ -68,6 +71,8 @@ def calibrate(
     """
     if not check_nonnegative("tolerance", tolerance) > 0:
         raise InputError("tolerance=0 allows no approximation; give a positive relative error")
+    if not 0 < check_nonnegative("margin", margin) <= 1:
+        raise InputError(f"margin={margin} is not in (0, 1]; it is a part of the tolerance")
     texts = _texts(token_ids)
     n = texts[0].shape[1]
     shape = ModelShape.of(model)
@@ -91,7 +96,7 @@ def calibrate(
         observe_layers(model, text, observe)
     layers = range(shape.layers)
     measured = [[kept.get(index, layer) for layer in layers] for index in range(len(texts))]
-    heads = choose(measured, steps, float(tolerance))
+    heads = choose(measured, steps, margin * tolerance)
     usual = Counter(head.setting for layer in heads for head in layer if head.setting is not None)
     given = example[0]
     shortest = n if not usual else crossover(*given, usual.most_common(1)[0][0])
