@@ -1,6 +1,6 @@
 """A pretrained model on long prompts: what a plan costs and what it changes.
 
-    python benchmarks/pretrained.py calibrate [--length 8192] [--tolerance 0.2]
+    python benchmarks/pretrained.py calibrate [--length 8192] [--tolerance 0.2] [--margin 0.65]
     python benchmarks/pretrained.py score [--lengths 2048 4096 8192] [--text FILE ...]
 
 `calibrate` makes a plan for SmolLM2-135M from English prose and keeps it beside the results; it goes on
@@ -75,6 +75,7 @@ def calibrate(options: argparse.Namespace) -> None:
         loaded.model,
         ids,
         tolerance=options.tolerance,
+        margin=options.margin,
         checkpoint=options.folder / f"smollm2-{options.length}.measured.json",
         progress=lambda done, total: print(f"layer {done} of {total}", flush=True),
     )
@@ -269,6 +270,7 @@ def main() -> None:
     parts = parser.add_subparsers(required=True)
     part = parts.add_parser("calibrate")
     part.add_argument("--tolerance", type=float, default=0.2)
+    part.add_argument("--margin", type=float, default=0.65, help="of the tolerance")
     part.set_defaults(job=calibrate)
     other = parts.add_parser("score")
     other.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192])
