@@ -160,11 +160,12 @@ def hybrid_attention(
     weights: Tensor | None = None,
     corrections: Tensor | None = None,
     factors: Tensor | None = None,
+    size: int = BLOCK,
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of one head that sees a few keys exactly and the others as a far field.
 
     Row i sees the keys first[i]..i; before those the columns, and the blocks of 64 keys chosen for its
-    block of 64 rows. Of the far keys, which are the others before first[i], it sees nothing; or, where
+    block of `size` rows. Of the far keys, which are the others before first[i], it sees nothing; or, where
     span is given, the mean key and value of each segment of so many blocks, which count for its far
     keys; or each with the logit that factors ``(n, n)`` state.
 
@@ -180,7 +181,7 @@ def hybrid_attention(
     picked = column.expand(n, n).clone()
     for block, own in enumerate(chosen):
         for other in own:
-            picked[block * BLOCK : (block + 1) * BLOCK, other * BLOCK : (other + 1) * BLOCK] = True
+            picked[block * size : (block + 1) * size, other * BLOCK : (other + 1) * BLOCK] = True
     far = before & ~picked
     exact = torch.ones(n, n, dtype=torch.bool).tril() & ~far
     logits = (query @ key.T * scale).masked_fill(~exact, -math.inf)

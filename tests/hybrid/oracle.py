@@ -6,7 +6,7 @@ import reference
 import torch
 
 from convbasis.hybrid import sampling, scaled_conv, selection
-from convbasis.hybrid.window import BLOCK, Window
+from convbasis.hybrid.window import BLOCK, QUERIES, Window
 
 DEFAULTS = {
     "window": 256, "sinks": 4, "columns": 64, "blocks": 0, "far_field": "none", "num_segments": 128,
@@ -56,10 +56,11 @@ def hybrid_attention(query, key, value, scale=None, **options):
 @torch.no_grad()
 def selected(query, key, value, scale, settings, head):
     """What one head of those that share a key sees: columns and blocks are the library's choice."""
-    count, n, _ = query.shape
+    n = query.shape[1]
     far, span = settings["far_field"], None
     aligned = bool(settings["blocks"]) or far == "segments"
-    window = Window(settings["window"], aligned)
+    size = QUERIES if aligned else 1
+    window = Window(settings["window"], size)
     first = window.first(torch.arange(n)).clamp(min=0)
     begin = int((first > 0).int().argmax()) if bool(first[-1] > 0) else n
     found = {"first": first}
@@ -68,19 +69,19 @@ def selected(query, key, value, scale, settings, head):
     rows = sampling.spread_rows(begin, n, settings["samples"], 0, settings["seed"])
     rows = rows if len(rows) else torch.tensor([n - 1])
     exact = sampling.sampled_rows(query, key, rows, scale)
-    columns = selection.heavy_columns(
-        exact, window, n, count, settings["sinks"], settings["columns"], query.device
-    )
+    mass = exact.mass_before(window.first(rows))
+    columns = selection.heaviest(mass, n, settings["sinks"], settings["columns"])
     seen = selection.seen_columns(columns, n, n)
     found["columns"] = seen[head].nonzero()[:, 0].tolist()
     blocks = -(-n // BLOCK)
     if settings["blocks"]:
-        padding = (0, 0, 0, blocks * BLOCK - n)
+        padding = (0, 0, 0, -n % QUERIES)
         q, k = (torch.nn.functional.pad(x, padding) for x in (query, key))
-        before = window.first(torch.arange(0, n, BLOCK)).clamp(min=0) // BLOCK
+        before = window.first(torch.arange(0, n, size)).clamp(min=0) // BLOCK
         chosen = selection.heavy_blocks(
-            q, k, columns, before, settings["blocks"], scale, settings["seed"]
+            q, k, columns, before, settings["blocks"], size, scale, settings["seed"], real=n
         )
+        found["size"] = size
         found["chosen"] = [[x for x in own.tolist() if x < blocks] for own in chosen[head]]
     if far == "segments":
         found["span"] = span = -(-blocks // settings["num_segments"])

@@ -84,8 +84,8 @@ def test_gradcheck(options, d_v, monkeypatch):
     places = [
         held(monkeypatch, module, name)
         for module, name in (
-            (group, "sampled_rows"),
-            (group, "heavy_columns"),
+            (group, "_fitted"),
+            (group, "heaviest"),
             (group, "heavy_blocks"),
             (segments, "_corrections"),
             (scaled_conv, "_row_factors"),

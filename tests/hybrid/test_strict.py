@@ -50,7 +50,7 @@ def ends_of(size, n=N):
 def dense(query, key, value, settings):
     """One head ``(n, d)``, each stretch by the dense reference on what came before its end."""
     n, scale = len(query), query.shape[-1] ** -0.5
-    window = Window(settings.window, settings.aligned)
+    window = Window(settings.window, settings.shared)
     first = window.first(torch.arange(n)).clamp(min=0)
     logits = reference.exact_logits(query.detach(), key.detach(), scale)
     hidden = torch.ones(n, n, dtype=torch.bool).triu(1)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from .piece import piece_attention
-from .window import BLOCK
 
 # Entries of gathered keys and values at a time: they stay in the processor's caches.
 _ENTRIES = 1 << 19
@@ -41,24 +40,27 @@ class Gathered(NamedTuple):
     """``(R, c, B)``, what each takes."""
     bias: Tensor
     """``(R, c, B·u)``."""
+    counts: Tensor | None = None
+    """``(R, c)``, how many of them each takes, the first ones; None if all take B."""
 
 
 def attention_beyond(
-    query: Tensor, shared: Sequence[Shared], gathered: Sequence[Gathered], scale: float
+    query: Tensor, size: int, shared: Sequence[Shared], gathered: Sequence[Gathered], scale: float
 ) -> tuple[Tensor, Tensor]:
     """Return attention over all of these keys, which are disjoint, and its log-sum-exp.
 
     Args:
-        query: ``(R, c·64, d)``, whole blocks.
+        query: ``(R, c·size, d)``, whole blocks.
+        size: queries of a block.
         shared: keys for all blocks of queries.
         gathered: keys for each.
         scale: factor of the logits.
 
     Returns:
-        output ``(R, c·64, d_v)`` and lse ``(R, c·64)``; -inf for a block of queries that sees none.
+        output ``(R, c·size, d_v)`` and lse ``(R, c·size)``; -inf for a block of queries that sees none.
     """
-    heads, count = len(query), query.shape[1] // BLOCK
-    queries = query.unflatten(1, (count, BLOCK))
+    heads, count = len(query), query.shape[1] // size
+    queries = query.unflatten(1, (count, size))
     if not gathered:
         key, value = (
             _joined(parts, 1)[None].expand(count, -1, -1, -1)
@@ -67,36 +69,106 @@ def attention_beyond(
         bias = _joined([x.bias for x in shared], 2).transpose(0, 1)[:, :, None]
         output, lse = piece_attention(queries.transpose(0, 1), key, value, scale, bias)
         return output.transpose(0, 1).flatten(1, 2), lse.transpose(0, 1).flatten(1, 2)
-    keys_each = sum(x.key.shape[1] for x in shared) + sum(x.bias.shape[2] for x in gathered)
+    found = [
+        _of_head(
+            queries[head],
+            [Shared(*(tensor[head] for tensor in x)) for x in shared],
+            [_own(x, head) for x in gathered],
+            scale,
+        )
+        for head in range(heads)
+    ]
+    outputs, sums = zip(*found, strict=True)
+    return torch.stack(outputs).flatten(1, 2), torch.stack(sums).flatten(1, 2)
+
+
+def _own(x: Gathered, head: int) -> Gathered:
+    """Return what one head's blocks of queries take, without the dimension of heads."""
+    pool = head if len(x.key) > 1 else 0
+    counts = None if x.counts is None else x.counts[head]
+    return Gathered(x.key[pool], x.value[pool], x.taken[head], x.bias[head], counts)
+
+
+def _of_head(
+    query: Tensor, shared: list[Shared], gathered: list[Gathered], scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return attention of the blocks of queries ``(c, size, d)`` of one head.
+
+    Those that take as many keys are computed together.
+    """
+    if shared:
+        gathered = [_with_shared(shared, gathered[0]), *gathered[1:]]
+    count = len(query)
+    counts = [
+        x.counts if x.counts is not None else x.taken.new_full((count,), x.taken.shape[1])
+        for x in gathered
+    ]
+    order = counts[0].argsort(descending=True)
+    taken_by = torch.stack(counts)[:, order].tolist()
     width = gathered[0].key.shape[-1] + gathered[0].value.shape[-1]
-    together = max(1, _ENTRIES // (keys_each * width))
-    outputs, sums = [], []
-    for head in range(heads):
-        for low in range(0, count, together):
-            part = slice(low, min(count, low + together))
-            taken = [x.taken[head, part] for x in gathered]
-            keys = [x.key[head].expand(part.stop - low, -1, -1) for x in shared]
-            keys += [_taken(x.key, own, head) for x, own in zip(gathered, taken, strict=True)]
-            values = [x.value[head].expand(part.stop - low, -1, -1) for x in shared]
-            values += [_taken(x.value, own, head) for x, own in zip(gathered, taken, strict=True)]
-            biases = [x.bias[head, part] for x in shared] + [x.bias[head, part] for x in gathered]
-            output, lse = piece_attention(
-                queries[head, part, None],
-                _joined(keys, 1)[:, None],
-                _joined(values, 1)[:, None],
-                scale,
-                _joined(biases, 1)[:, None, None],
-            )
-            outputs.append(output.flatten(0, 2))
-            sums.append(lse.flatten())
-    shape = (heads, -1)
-    return torch.cat(outputs).unflatten(0, shape), torch.cat(sums).unflatten(0, shape)
+    places, outputs, sums = [], [], []
+    low = 0
+    while low < count:
+        takes = [max(each[low:]) for each in taken_by]
+        keys_each = sum(each * x.key.shape[1] for each, x in zip(takes, gathered, strict=True))
+        if not keys_each:
+            break  # none of the rest sees any
+        high = min(count, low + max(1, _ENTRIES // (keys_each * width)))
+        part, low = order[low:high], high
+        keys, values, biases = [], [], []
+        for x, each in zip(gathered, takes, strict=True):
+            own = x.taken[part, :each].flatten()
+            keys.append(x.key.index_select(0, own).view(len(part), -1, x.key.shape[-1]))
+            values.append(x.value.index_select(0, own).view(len(part), -1, x.value.shape[-1]))
+            biases.append(x.bias[part, : each * x.key.shape[1]])
+        output, lse = piece_attention(
+            query[part, None],
+            _joined(keys, 1)[:, None],
+            _joined(values, 1)[:, None],
+            scale,
+            _joined(biases, 1)[:, None, None],
+        )
+        places.append(part)
+        outputs.append(output[:, 0])
+        sums.append(lse[:, 0])
+    if not places:
+        value = gathered[0].value
+        nothing = query.new_full(query.shape[:2], -torch.inf)
+        return value.new_zeros((*query.shape[:2], value.shape[-1])), nothing
+    rest = count - sum(map(len, places))
+    if rest:
+        places.append(order[count - rest :])
+        outputs.append(outputs[0].new_zeros((rest, *outputs[0].shape[1:])))
+        sums.append(sums[0].new_full((rest, query.shape[1]), -torch.inf))
+    back = torch.cat(places).argsort()
+    return torch.cat(outputs)[back], torch.cat(sums)[back]
 
 
-def _taken(pool: Tensor, index: Tensor, head: int) -> Tensor:
-    """Return what some blocks of queries take from a pool, ``(c, B·u, ·)``."""
-    own = pool[head if len(pool) > 1 else 0]
-    return own.index_select(0, index.flatten()).view(len(index), -1, own.shape[-1])
+def _with_shared(shared: list[Shared], gathered: Gathered) -> Gathered:
+    """Return keys of a pool with those that all blocks of queries share: these take them first.
+
+    They are entries of the pool like the others, so that one copy brings all.
+    """
+    pool, span = gathered.key.shape[:2]
+    number = sum(len(x.key) for x in shared)
+    more = -(-number // span)
+    fill = more * span - number
+
+    def pooled(own: Tensor, parts: list[Tensor]) -> Tensor:
+        joined = torch.nn.functional.pad(_joined(parts, 0), (0, 0, 0, fill))
+        return torch.cat([own, joined.unflatten(0, (more, span))])
+
+    count = len(gathered.taken)
+    first = torch.arange(pool, pool + more, device=gathered.taken.device).expand(count, -1)
+    bias = torch.nn.functional.pad(_joined([x.bias for x in shared], 1), (0, fill), value=-torch.inf)
+    counts = gathered.counts
+    return Gathered(
+        pooled(gathered.key, [x.key for x in shared]),
+        pooled(gathered.value, [x.value for x in shared]),
+        torch.cat([first, gathered.taken], dim=1),
+        torch.cat([bias, gathered.bias], dim=1),
+        None if counts is None else counts + more,
+    )
 
 
 def _joined(parts: list[Tensor], dim: int) -> Tensor:

@@ -5,28 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .sampling import SampledRows
-
 # Standard errors above the mean of the squared errors that make the bound. Errors of rows are heavy in
 # the tails: with the 1.64 of a normal distribution it would hold for three heads of four.
 _STANDARD_ERRORS = 9.0
 
 
 def error_bound(
-    output: Tensor, value: Tensor, sampled: SampledRows, begin: int, offset: int = 0
+    output: Tensor, exact: Tensor, rows: Tensor, begin: int, offset: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Return an estimate of the relative error of each head's output in the Euclidean norm, and its
     upper bound at 95 % confidence, ``(R,)`` each.
 
     Args:
         output: ``(R, m, d_v)``, of the last m rows.
-        value: ``(1, n, d_v)``.
-        sampled: rows that took no part in any fit, of those from begin on.
+        exact: ``(R, s, d_v)``, of sampled rows that took no part in any fit.
+        rows: ``(s,)`` their positions, begin or later.
         begin: rows before this one are exact.
         offset: the first row of the output.
     """
-    exact = (sampled.weights @ value).double()
-    own = output.index_select(1, sampled.rows - offset).double()
+    exact = exact.double()
+    own = output.index_select(1, rows - offset).double()
     error = (own - exact).square().sum(-1)  # (R, s)
     count = error.shape[-1]
     # How large the exact output is: our own, as much larger as the sampled rows tell, and no more than

@@ -35,11 +35,12 @@ def hybrid_attention(
     key_padding_mask: Tensor | None = None,
     seed: int = 0,
     strict: bool = False,
+    correction: bool = False,
 ) -> Tensor:
     """Return causal softmax attention that is exact on a few keys of each query; the others are far.
 
     Each query attends exactly to a local window, to the first tokens, to the heaviest columns of its
-    head, and to the blocks of 64 keys that are heaviest for its block of 64 queries. The far field
+    head, and to the blocks of 64 keys that are heaviest for its block of 128 queries. The far field
     stands for all other keys, under the same normaliser. On a trained model's heads this is close to
     exact attention where `conv_basis_attention` is not; `hybrid_attention_stats` tells how close.
 
@@ -48,10 +49,12 @@ def hybrid_attention(
         key: ``(B, H_kv, n, d)``, same dtype and device.
         value: ``(B, H_kv, n, d_v)``, same dtype and device.
         window: the latest keys that a query sees, in tokens, its own included. With blocks or segments
-            it reaches back to the edge of a block, up to 126 tokens more.
+            it reaches back to the edge of a block, up to 190 tokens more.
         sinks: first tokens that every query sees.
         columns: heaviest single keys that every later query of a head sees, found from sampled rows.
-        blocks: blocks of 64 keys for each block of 64 queries, found from four rows of each.
+        blocks: blocks of 64 keys for each block of 128 queries, found from four rows of each; in the
+            mean over a head, in which those that need more get up to four times as many. With
+            strict=True for each block of 64 queries, and to each as many.
         far_field: the keys that are left: ``"none"``, dropped; ``"segments"``, seen as means of
             segments; ``"conv"``, seen through one convolution between row and column factors,
             which cannot leave out what blocks see, so that blocks must be 0.
@@ -65,7 +68,9 @@ def hybrid_attention(
             each sequence gives what it gives without its padding. Rows at padding are 0.
         seed: of all samples; the same input gives the same output.
         strict: choose for each query from earlier tokens alone, see below; without ``"conv"`` and
-            key_weights, and with ``samples / 8`` sampled rows for each 512 tokens.
+            key_weights and correction, and with ``samples / 8`` sampled rows for each 512 tokens.
+        correction: compute four rows of each 128 exactly, and add their mean difference, interpolated,
+            to the rows between them.
 
     Returns:
         ``(B, H, n, d_v)``, dtype and device of the query. Differentiable with respect to query, key and
@@ -82,8 +87,9 @@ def hybrid_attention(
         `HybridState` gives the same in chunks.
 
     Complexity:
-        O(n w (d + d_v)) time for w keys of each query, plus O(n^2 d / 16) for the choice of blocks,
-        plus O(s n d) for s samples; O(n (d + d_v)) memory beside s n numbers for each key-value head.
+        O(n w (d + d_v)) time for w keys of each query, plus O(n^2 d / 32) for the choice of blocks and
+        as much again for correction, plus O(s n d) for s samples; O(n (d + d_v)) memory beside
+        s n numbers for each key-value head.
 
     Source:
         "Near and far keys" of docs/mathematics.md.
@@ -95,7 +101,17 @@ def hybrid_attention(
         torch.Size([1, 2, 500, 16])
     """
     settings = Settings(
-        window, sinks, columns, blocks, far_field, num_segments, key_weights, samples, seed, strict
+        window,
+        sinks,
+        columns,
+        blocks,
+        far_field,
+        num_segments,
+        key_weights,
+        samples,
+        seed,
+        strict,
+        correction,
     )
     tensors = _checked(query, key, value, settings, is_causal, enable_gqa, key_padding_mask)
     factor = check_scale(scale, query.shape[-1])
@@ -121,6 +137,7 @@ def hybrid_attention_stats(
     key_padding_mask: Tensor | None = None,
     seed: int = 0,
     strict: bool = False,
+    correction: bool = False,
 ) -> HybridStats:
     """Return `hybrid_attention` with its log-sum-exp, an estimate of its error, and what ran.
 
@@ -136,7 +153,17 @@ def hybrid_attention_stats(
         torch.Size([1, 2])
     """
     settings = Settings(
-        window, sinks, columns, blocks, far_field, num_segments, key_weights, samples, seed, strict
+        window,
+        sinks,
+        columns,
+        blocks,
+        far_field,
+        num_segments,
+        key_weights,
+        samples,
+        seed,
+        strict,
+        correction,
     )
     tensors = _checked(query, key, value, settings, is_causal, enable_gqa, key_padding_mask)
     factor = check_scale(scale, query.shape[-1])

@@ -9,12 +9,14 @@ from torch import Tensor
 
 from .beyond import Gathered, attention_beyond
 from .columns import column_attention, column_keys
+from .correction import corrected
 from .estimate import error_bound
 from .piece import merge
-from .sampling import SampledRows, sampled_rows, spread_rows
+from .rows import exact_rows
+from .sampling import SampledRows, mass_before, sampled_rows, spread_rows
 from .scaled_conv import conv_attention
 from .segments import segment_keys
-from .selection import block_keys, heavy_blocks, heavy_columns, seen_columns
+from .selection import block_keys, heaviest, heavy_blocks, seen_columns
 from .settings import Settings
 from .window import BLOCK, Window, window_attention
 
@@ -42,40 +44,51 @@ class Beyond(NamedTuple):
     """Attention to keys before the windows."""
 
     output: Tensor
-    """``(R, c·64, d_v)``."""
+    """``(R, c·w, d_v)``, for c blocks of w queries."""
     lse: Tensor
-    """``(R, c·64)``."""
+    """``(R, c·w)``."""
     parts: tuple[str, ...]
     """Names of what it holds."""
-    keys: int
-    """Keys of a query."""
+    keys: float
+    """Keys of a query, in the mean."""
 
 
 def attend_group(
     query: Tensor, key: Tensor, value: Tensor, settings: Settings, scale: float, estimated: bool
 ) -> Group:
     """Return attention of R heads ``(R, n, d)`` that share key and value ``(1, n, ·)``."""
-    heads, n, _ = query.shape
-    window = Window(settings.window, settings.aligned)
+    n = query.shape[1]
+    window = Window(settings.window, settings.shared)
     output, lse = window_attention(query, key, value, window, 0, scale)
     parts = ["window"]
-    keys = min(n, settings.window)
+    keys = float(min(n, settings.window))
     begin = window.begin
     if begin >= n:
         return Group(output, lse, *no_estimate(query), tuple(parts), keys, 0)
     with torch.no_grad():
-        fit = _fitted_rows(query, key, settings, scale, begin)
-        columns = heavy_columns(fit, window, n, heads, settings.sinks, settings.columns, query.device)
-    if settings.aligned:
-        length = -(-n // BLOCK) * BLOCK
-        q, k, v = (lengthened(tensor, length) for tensor in (query, key, value))
+        sampled, mass, rows = _fitted(query, key, settings, scale, begin, window)
+        columns = heaviest(mass, n, settings.sinks, settings.columns)
+    if settings.shared > 1:
+        length = -(-n // window.shared) * window.shared
+        q = lengthened(query, length)
+        k, v = (lengthened(tensor, -(-n // BLOCK) * BLOCK) for tensor in (key, value))
         chosen = None
         if settings.blocks:
             with torch.no_grad():
                 before = blocks_before(window, 0, length, query.device)
-                chosen = heavy_blocks(q, k, columns, before, settings.blocks, scale, settings.seed)
-        sampled = fit if settings.key_weights else None
-        more = attend_beyond(q, k, v, n, 0, columns, chosen, settings, scale, sampled)
+                chosen = heavy_blocks(
+                    q,
+                    k,
+                    columns,
+                    before,
+                    settings.blocks,
+                    window.shared,
+                    scale,
+                    settings.seed,
+                    real=n,
+                )
+        weighing = sampled if settings.key_weights else None
+        more = attend_beyond(q, k, v, n, 0, columns, chosen, settings, scale, weighing)
         output, lse = merge(output, lse, more.output[:, :n], more.lse[:, :n])
         parts += more.parts
         keys += more.keys
@@ -84,12 +97,17 @@ def attend_group(
         output, lse = merge(output, lse, *far)
         parts.append("columns")
         keys += columns.shape[-1]
-    if settings.far_field == "conv" and fit is not None:
+    if settings.far_field == "conv" and sampled is not None:
         seen = seen_columns(columns, n, n)
-        output, lse = merge(output, lse, *conv_attention(query, key, value, seen, window, scale, fit))
+        output, lse = merge(
+            output, lse, *conv_attention(query, key, value, seen, window, scale, sampled)
+        )
         parts.append("conv")
     mean, bound = no_estimate(query)
-    rows = 0 if fit is None else len(fit.rows)
+    if settings.correction:
+        output, more_rows = corrected(query, key, value, output, begin, scale, settings.seed)
+        rows += more_rows
+        parts.append("correction")
     if estimated:
         mean, bound, held = estimate(query, key, value, output, settings, scale, begin)
         rows += held
@@ -111,7 +129,7 @@ def attend_beyond(
     """Return attention of blocks of queries to columns, chosen blocks and segments before windows.
 
     Args:
-        query: ``(R, c·64, d)``, whole blocks from token offset on.
+        query: ``(R, c·w, d)``, whole blocks, of w = settings.shared queries, from token offset on.
         key: ``(1, b·64, d)``, whole blocks.
         value: ``(1, b·64, d_v)``.
         n: number of keys; what follows is 0.
@@ -122,9 +140,9 @@ def attend_beyond(
         scale: factor of the logits.
         sampled: what weighs the keys of segments; None for equal weights.
     """
-    window = Window(settings.window, True)
+    window = Window(settings.window, settings.shared)
     length = key.shape[1]
-    begins = torch.arange(offset, offset + query.shape[1], BLOCK, device=query.device)
+    begins = torch.arange(offset, offset + query.shape[1], settings.shared, device=query.device)
     before = blocks_before(window, offset, offset + query.shape[1], query.device)
     seen = seen_columns(columns, n, length)
     shared, gathered, parts = [], list[Gathered](), []
@@ -144,14 +162,17 @@ def attend_beyond(
         shared.extend(found[0])
         gathered.extend(found[1])
         parts.append("segments")
-    keys = sum(x.key.shape[1] for x in shared) + sum(x.bias.shape[2] for x in gathered)
-    output, lse = attention_beyond(query, shared, gathered, scale)
+    keys = float(sum(x.key.shape[1] for x in shared))
+    for x in gathered:
+        taken = x.taken.shape[2] if x.counts is None else float(x.counts.double().mean())
+        keys += taken * x.key.shape[2]
+    output, lse = attention_beyond(query, window.shared, shared, gathered, scale)
     return Beyond(output, lse, tuple(parts), keys)
 
 
 def blocks_before(window: Window, low: int, high: int, device: torch.device) -> Tensor:
     """Return how many blocks of keys lie before the window of each block of queries of low .. high."""
-    begins = torch.arange(low, high, BLOCK, device=device)
+    begins = torch.arange(low, high, window.shared, device=device)
     return window.first(begins).clamp(min=0).div(BLOCK, rounding_mode="floor")
 
 
@@ -191,8 +212,8 @@ def estimate(
     offset = n - query.shape[1]
     with torch.no_grad():
         rows = _rows(max(begin, offset), n, settings, 1).to(query.device)
-        held = sampled_rows(query, key, rows, scale, offset)
-        return *error_bound(output, value, held, begin, offset), len(rows)
+        exact = exact_rows(query, key, value, rows, scale, offset)
+        return *error_bound(output, exact, rows, begin, offset), len(rows)
 
 
 def _rows(begin: int, end: int, settings: Settings, parity: int) -> Tensor:
@@ -201,11 +222,18 @@ def _rows(begin: int, end: int, settings: Settings, parity: int) -> Tensor:
     return rows if len(rows) else torch.tensor([end - 1])
 
 
-def _fitted_rows(
-    query: Tensor, key: Tensor, settings: Settings, scale: float, begin: int
-) -> SampledRows | None:
-    """Return exact attention of some rows from begin on, for fits; None for none."""
-    if not (settings.columns or settings.key_weights or settings.far_field == "conv"):
-        return None
+def _fitted(
+    query: Tensor, key: Tensor, settings: Settings, scale: float, begin: int, window: Window
+) -> tuple[SampledRows | None, Tensor, int]:
+    """Return what fits are made from: exact rows, if a fit needs them, the weights of keys before the
+    windows ``(R, n)`` in the same rows, if columns need them, and the number of those rows.
+    """
+    whole = settings.key_weights or settings.far_field == "conv"
+    if not (whole or settings.columns):
+        return None, query.new_zeros((len(query), 0)), 0
     rows = _rows(begin, key.shape[1], settings, 0).to(query.device)
-    return sampled_rows(query, key, rows, scale)
+    first = window.first(rows)
+    if not whole:
+        return None, mass_before(query, key, rows, first, scale), len(rows)
+    sampled = sampled_rows(query, key, rows, scale)
+    return sampled, sampled.mass_before(first), len(rows)

@@ -71,8 +71,6 @@ def attend_heads(
     batch, heads, n, _ = query.shape
     work = compute_dtype(query.dtype)
     group = heads // key.shape[1]
-    output = query.new_zeros((batch, heads, n, value.shape[-1]))
-    lse = torch.full((batch, heads, n), -torch.inf, dtype=work, device=query.device)
     bound = torch.zeros((2, batch, heads), dtype=torch.float64, device=query.device)
     parts: tuple[str, ...] = ()
     keys, rows, runs = 0.0, 0, 0
@@ -81,8 +79,8 @@ def attend_heads(
         for b in range(batch):
             real = None if mask is None or bool(mask[b].all()) else mask[b].nonzero()[:, 0]
             if real is not None and not len(real):
-                outputs.append(output[b])
-                sums.append(lse[b])
+                outputs.append(query.new_zeros((heads, n, value.shape[-1])))
+                sums.append(query.new_full((heads, n), -torch.inf, dtype=work))
                 continue
             of_heads = []
             for h in range(key.shape[1]):
@@ -107,8 +105,9 @@ def attend_heads(
             found = torch.cat([done.output for done in of_heads]).to(query.dtype)
             lse_found = torch.cat([done.lse for done in of_heads])
             if real is not None:
-                found = output[b].index_copy(1, real, found)
-                lse_found = lse[b].index_copy(1, real, lse_found)
+                found = found.new_zeros((heads, n, found.shape[-1])).index_copy(1, real, found)
+                hidden = lse_found.new_full((heads, n), -torch.inf)
+                lse_found = hidden.index_copy(1, real, lse_found)
             outputs.append(found)
             sums.append(lse_found)
     dispatch = HybridDispatch(parts, keys / max(1, runs), rows)

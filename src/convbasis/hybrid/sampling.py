@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 _PERIOD = 64  # rows after which those for fits repeat
+_TOGETHER = 16  # rows that are computed over the keys up to the last of them
 
 
 class SampledRows(NamedTuple):
@@ -23,7 +25,7 @@ class SampledRows(NamedTuple):
     def mass_before(self, first: Tensor) -> Tensor:
         """Return the weight of each key ``(R, n)`` in rows that have it before first ``(s,)``."""
         keys = torch.arange(self.weights.shape[-1], device=first.device)
-        return (self.weights * (keys < first[:, None])).sum(1)
+        return torch.einsum("rsk,sk->rk", self.weights, (keys < first[:, None]).to(self.weights.dtype))
 
 
 def own_rows(rows: Tensor, parity: int, seed: int) -> Tensor:
@@ -63,13 +65,48 @@ def sampled_rows(
     Args:
         query: ``(R, m, d)``, tokens offset .. offset + m - 1.
         key: ``(1, n, d)``.
-        rows: ``(s,)`` positions.
+        rows: ``(s,)`` positions, increasing.
         scale: factor of the logits.
         offset: position of the first query.
     """
-    keys = torch.arange(key.shape[1], device=key.device)
-    own = query.index_select(1, rows - offset).flatten(0, 1) * scale
-    logits = (own @ key[0].t()).unflatten(0, (-1, len(rows)))
-    logits.masked_fill_(keys > rows[:, None], -torch.inf)
-    lse = logits.logsumexp(-1)
-    return SampledRows(rows, logits.sub_(lse[..., None]).exp_(), lse)
+    weights = query.new_zeros((len(query), len(rows), key.shape[1]))
+    lse = query.new_empty(weights.shape[:2])
+    low = 0
+    for part in _parts(query, key, rows, scale, offset):
+        high = low + len(part.rows)
+        weights[:, low:high, : part.weights.shape[-1]] = part.weights
+        lse[:, low:high] = part.lse
+        low = high
+    return SampledRows(rows, weights, lse)
+
+
+def mass_before(
+    query: Tensor, key: Tensor, rows: Tensor, first: Tensor, scale: float, offset: int = 0
+) -> Tensor:
+    """Return the weight of each key ``(R, n)`` in exact rows that have it before first ``(s,)``.
+
+    It is `SampledRows.mass_before`, without all of the weights at a time; arguments are those of
+    `sampled_rows`.
+    """
+    mass = query.new_zeros((len(query), key.shape[1]))
+    low = 0
+    for part in _parts(query, key, rows, scale, offset):
+        high = low + len(part.rows)
+        mass[:, : part.weights.shape[-1]] += part.mass_before(first[low:high])
+        low = high
+    return mass
+
+
+def _parts(
+    query: Tensor, key: Tensor, rows: Tensor, scale: float, offset: int
+) -> Iterator[SampledRows]:
+    """Yield some rows at a time, with the keys up to the last of them."""
+    for part in rows.split(_TOGETHER):
+        end = int(part[-1]) + 1
+        own = query.index_select(1, part - offset).flatten(0, 1) * scale
+        logits = (own @ key[0, :end].t()).unflatten(0, (-1, len(part)))
+        first = int(part[0])  # what follows a row
+        later = torch.arange(first, end, device=key.device) > part[:, None]
+        logits[..., first:].masked_fill_(later, -torch.inf)
+        lse = logits.logsumexp(-1)
+        yield SampledRows(part, logits.sub_(lse[..., None]).exp_(), lse)

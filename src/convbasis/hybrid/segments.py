@@ -28,7 +28,7 @@ def segment_keys(
     each for itself, so that a query sees nothing after its own token.
 
     Args:
-        query: ``(R, c·64, d)``, whole blocks of queries.
+        query: ``(R, c·w, d)``, whole blocks of w queries.
         key: ``(1, b·64, d)``, whole blocks; 0 past the end.
         value: ``(1, b·64, d_v)``, the same.
         seen: ``(R, b·64)``, True for keys that count elsewhere, or are past the end.
@@ -43,7 +43,7 @@ def segment_keys(
     Complexity: O(n d) time, and O(k + n / (64 k)) keys for k segments.
     """
     heads, total = len(query), key.shape[1] // BLOCK
-    count = query.shape[1] // BLOCK
+    count = query.shape[1] // window.shared
     span = -(-total // num_segments)
     whole = total // span
     device = query.device

@@ -9,27 +9,13 @@ import torch
 from torch import Tensor
 
 from .beyond import Gathered
-from .sampling import SampledRows, own_rows
-from .window import BLOCK, Window
+from .sampling import own_rows
+from .window import BLOCK
 
 # Rows of a block of queries that choose its blocks of keys, and blocks of queries that choose together.
-_ROWS, _TOGETHER = 4, 16
-
-
-def heavy_columns(
-    sampled: SampledRows | None,
-    window: Window,
-    n: int,
-    heads: int,
-    sinks: int,
-    count: int,
-    device: torch.device,
-) -> Tensor:
-    """Return the first tokens and the columns with the most weight before the windows, ``(R, c)``."""
-    mass = torch.zeros((heads, 0), device=device)
-    if sampled is not None and count:
-        mass = sampled.mass_before(window.first(sampled.rows))
-    return heaviest(mass, n, sinks, count)
+_ROWS, _TOGETHER = 4, 4
+# How many times its share of the blocks of keys a block of queries can get.
+_SPREAD = 4
 
 
 def heaviest(mass: Tensor, n: int, sinks: int, count: int) -> Tensor:
@@ -62,50 +48,59 @@ def heavy_blocks(
     columns: Tensor,
     before: Tensor,
     count: int,
+    size: int,
     scale: float,
     seed: int,
     first: int = 0,
     together: int = _TOGETHER,
+    each: bool = False,
+    real: int | None = None,
 ) -> Tensor:
     """Return for each block of queries the blocks of keys before its window with the most weight.
 
     The weights are those of exact attention in a few rows of each block of queries, columns left out:
-    O(n^2 d / 16) time.
+    O(n^2 d r / size) time for r = 4 rows of each. A head's blocks of queries share what they may take:
+    those whose weight is spread over many blocks of keys get up to four times as many as `count`, at
+    the cost of the others.
 
     Args:
-        query: ``(R, c·64, d)``, whole blocks, which choose; rows past the end are 0.
+        query: ``(R, c·size, d)``, whole blocks, which choose.
         key: ``(1, b·64, d)``, whole blocks; keys past the end are never seen.
         columns: positions ``(R, ·)`` that are seen already, or past the end.
         before: ``(c,)``, the blocks of keys among which each block of queries chooses, increasing.
-        count: blocks for each block of queries; more than there are mean all.
+        count: blocks for each block of queries, in the mean; more than there are mean all.
+        size: queries of a block.
         scale: factor of the logits.
         seed: of the rows that are looked at.
         first: number of the first block of queries.
         together: blocks of queries that choose in one product.
+        each: give `count` to every block of queries, whatever the others need.
+        real: rows that are queries, the first ones; all by default.
 
     Returns:
-        ``(R, c, B)`` block numbers, B at most count, b for none.
+        ``(R, c, B)`` block numbers, increasing, b for none.
     """
-    generator = torch.Generator().manual_seed(seed)
-    places = 2 * torch.randperm(BLOCK // 2, generator=generator)[:_ROWS].sort().values
-    places = own_rows(places, 0, seed).to(query.device)
-    own = query.unflatten(1, (-1, BLOCK))[:, :, places] * scale
-    heads, blocks = own.shape[:2]
+    heads, blocks = len(query), query.shape[1] // size
+    places = rows_of_blocks(size, seed, blocks, query.shape[1] if real is None else real)
+    places = places.to(query.device)
+    own = query.index_select(1, places.flatten()).unflatten(1, (blocks, -1)) * scale
     total = key.shape[1] // BLOCK
-    count = min(count, total)
-    found = torch.full((heads, blocks, count), total, dtype=torch.int64, device=query.device)
-    hidden = above_diagonal(places)
+    keep = min(count if each else _SPREAD * count, total)
+    found = torch.full((heads, blocks, keep), total, dtype=torch.int64, device=query.device)
+    weight = torch.zeros((heads, blocks, keep), dtype=query.dtype, device=query.device)
+    later = torch.arange(blocks * size, device=query.device).view(blocks, 1, size) > places[..., None]
     for low in range(0, blocks, together):
         high = min(blocks, low + together)
         most = int(before[high - 1])
         if most == 0:
             continue
-        logits = own[:, low:high].flatten(1, 2).flatten(0, 1) @ key[0, : (first + high) * BLOCK].t()
-        logits = logits.view(heads, high - low, len(places), -1)
+        logits = own[:, low:high].flatten(1, 2).flatten(0, 1) @ key[0, : (first + high) * size].t()
+        logits = logits.view(heads, high - low, places.shape[1], -1)
         for index in range(high - low):  # what follows a row
-            begin = (first + low + index) * BLOCK
-            logits[:, index, :, begin : begin + BLOCK].masked_fill_(hidden, -torch.inf)
-            logits[:, index, :, begin + BLOCK :] = -torch.inf
+            begin = (first + low + index) * size
+            own_keys = logits[:, index, :, begin : begin + size]
+            own_keys.masked_fill_(later[low + index, :, : own_keys.shape[-1]], -torch.inf)
+            logits[:, index, :, begin + size :] = -torch.inf
         weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_()
         everything = weights.sum(-1, keepdim=True)
         far = weights[..., : most * BLOCK]
@@ -113,15 +108,29 @@ def heavy_blocks(
             taken = columns[head]
             far[head].index_fill_(-1, taken[taken < most * BLOCK], 0.0)
         mass = far.unflatten(-1, (most, BLOCK)).sum(-1).div_(everything).sum(2)
-        mass.masked_fill_(torch.arange(most, device=query.device) >= before[low:high, None], -1.0)
-        best = mass.topk(min(count, most), dim=-1)
-        found[:, low:high, : best.indices.shape[-1]] = best.indices.masked_fill(best.values <= 0, total)
-    return found.sort(-1).values
+        mass.masked_fill_(torch.arange(most, device=query.device) >= before[low:high, None], 0.0)
+        best = mass.topk(min(keep, most), dim=-1)
+        found[:, low:high, : best.indices.shape[-1]] = best.indices
+        weight[:, low:high, : best.indices.shape[-1]] = best.values
+    if not each:
+        budget = int(before.clamp(max=count).sum())
+        heaviest = weight.flatten(1).topk(min(budget, weight[0].numel()), dim=-1)
+        weight = torch.zeros_like(weight).flatten(1).scatter_(1, heaviest.indices, heaviest.values)
+        weight = weight.view(found.shape)
+    found = found.masked_fill_(weight <= 0, total).sort(-1).values
+    return found[..., : max(1, int((found < total).sum(-1).max()))]
 
 
-def above_diagonal(places: Tensor) -> Tensor:
-    """Return which keys of a block follow the rows at some places of it, bool ``(rows, 64)``."""
-    return torch.arange(BLOCK, device=places.device) > places[:, None]
+def rows_of_blocks(size: int, seed: int, blocks: int, real: int) -> Tensor:
+    """Return rows that stand for each block of queries, ``(blocks, 4)``, increasing: rows for fits.
+
+    Rows past the last real one are replaced by the last, or the one before it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    places = 2 * torch.randperm(size // 2, generator=generator)[:_ROWS].sort().values
+    rows = torch.arange(blocks)[:, None] * size + own_rows(places, 0, seed)
+    last = own_rows(torch.tensor([real - 1, max(0, real - 3)]), 0, seed)
+    return rows.clamp(max=int(last[last < real].max()) if bool((last < real).any()) else 0)
 
 
 def block_keys(key: Tensor, value: Tensor, chosen: Tensor, seen: Tensor) -> Gathered:
@@ -142,4 +151,5 @@ def block_keys(key: Tensor, value: Tensor, chosen: Tensor, seen: Tensor) -> Gath
         value.unflatten(1, (total, BLOCK)),
         chosen.clamp(max=total - 1),
         bias[heads, chosen].flatten(2),
+        (chosen < total).sum(-1),
     )

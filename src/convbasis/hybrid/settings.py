@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from ..checks import check_nonnegative_int, check_positive_int, describe
 from ..errors import InputError
+from .window import BLOCK, QUERIES
 
 FAR_FIELDS = ("none", "segments", "conv")
 _SEEDS = 1 << 62  # what a generator takes, twice
@@ -24,11 +25,15 @@ class Settings(NamedTuple):
     samples: int
     seed: int
     strict: bool = False
+    correction: bool = False
 
     @property
-    def aligned(self) -> bool:
-        """Whether windows reach back to the edge of a block."""
-        return bool(self.blocks) or self.far_field == "segments"
+    def shared(self) -> int:
+        """Queries whose windows begin at the same key, at the edge of a block; 1 for each its own."""
+        if not self.blocks and self.far_field != "segments":
+            return 1
+        # Strictly, blocks are chosen by the queries before: the fewer share, the nearer those are.
+        return BLOCK if self.strict else QUERIES
 
 
 def check_settings(settings: Settings) -> None:
@@ -43,7 +48,7 @@ def check_settings(settings: Settings) -> None:
         check_nonnegative_int(name, getattr(settings, name))
     if settings.seed >= _SEEDS:
         raise InputError(f"seed={settings.seed} is too large; give one below 2^62")
-    for name in ("key_weights", "strict"):
+    for name in ("key_weights", "strict", "correction"):
         given = getattr(settings, name)
         if not isinstance(given, bool):
             raise InputError(f"{name}={describe(given)} is neither True nor False")
@@ -66,4 +71,9 @@ def check_settings(settings: Settings) -> None:
         raise InputError(
             "key_weights=True with strict=True: the weights are of rows of the whole prompt; "
             "use key_weights=False"
+        )
+    if settings.strict and settings.correction:
+        raise InputError(
+            "correction=True with strict=True: the rows that correct a block of rows are its own, "
+            "later ones among them; use correction=False"
         )

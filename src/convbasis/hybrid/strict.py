@@ -71,14 +71,14 @@ def attend_strictly(
     """
     m, n = query.shape[1], key.shape[1]
     offset = n - m
-    window = Window(settings.window, settings.aligned)
+    window = Window(settings.window, settings.shared)
     output, lse = window_attention(query, key, value, window, offset, scale)
     queries = query.detach()
     if running.queries.shape[1]:
         queries = torch.cat([running.queries, queries], dim=1)
     first = n - queries.shape[1]
     mass = running.mass
-    pieces, parts, keys, rows = [], ["window"], 0, 0
+    pieces, parts, keys, rows = [], ["window"], 0.0, 0
     for begin in range(offset // STRETCH * STRETCH, n, STRETCH):
         end = begin + STRETCH
         low, high = max(offset, begin, window.begin), min(n, end)
@@ -119,7 +119,7 @@ def _far_rows(
     scale: float,
     low: int,
     high: int,
-) -> tuple[Tensor, Tensor, tuple[str, ...], int]:
+) -> tuple[Tensor, Tensor, tuple[str, ...], float]:
     """Return attention of rows low .. high - 1 of a stretch to keys before their windows.
 
     Returns:
@@ -128,8 +128,8 @@ def _far_rows(
     n = key.shape[1]
     offset = n - query.shape[1]
     rows = query[:, low - offset : high - offset]
-    window = Window(settings.window, settings.aligned)
-    if not settings.aligned:
+    window = Window(settings.window, settings.shared)
+    if settings.shared == 1:
         if not columns.shape[-1]:
             nothing = rows.new_full(rows.shape[:2], -torch.inf)
             return rows.new_zeros((*rows.shape[:2], value.shape[-1])), nothing, (), 0
@@ -154,10 +154,12 @@ def _far_rows(
                 columns,
                 before,
                 settings.blocks,
+                BLOCK,
                 scale,
                 settings.seed,
                 first=edge // BLOCK - 1,
                 together=1,
+                each=True,
             )
     more = attend_beyond(
         blocks, known_key, known_value, high, edge, columns, chosen, settings, scale, None

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .piece import piece_attention
 
-BLOCK = 64  # tokens of a block of keys, and of the queries that choose among blocks
-_TOGETHER = 128  # queries that share the keys of their windows
+BLOCK = 64  # tokens of a block of keys
+QUERIES = 128  # queries that share what they see before their windows
 
 
 class Window(NamedTuple):
@@ -18,24 +18,27 @@ class Window(NamedTuple):
 
     tokens: int
     """The latest keys, the query's own included."""
-    aligned: bool
-    """Reach back to the edge of a block of keys, so that what lies before are whole blocks."""
+    shared: int = 1
+    """Queries whose windows begin at the same key, a whole multiple of 64: that of a block of keys, so
+    that what lies before are whole blocks. 1 is for windows that all have the same length."""
 
     def first(self, rows: Tensor) -> Tensor:
         """Return the first key in the window of each row; below 0 where it reaches beyond them."""
-        if not self.aligned:
+        if self.shared == 1:
             return rows - self.tokens + 1
-        begin = rows.div(BLOCK, rounding_mode="floor") * BLOCK - self.tokens + 1
+        begin = rows.div(self.shared, rounding_mode="floor") * self.shared - self.tokens + 1
         return begin.div(BLOCK, rounding_mode="floor") * BLOCK
 
     @property
     def begin(self) -> int:
         """The first row that has keys before its window."""
-        return -(-(self.tokens + BLOCK - 1) // BLOCK) * BLOCK if self.aligned else self.tokens
+        if self.shared == 1:
+            return self.tokens
+        return -(-(self.tokens + BLOCK - 1) // self.shared) * self.shared
 
     @property
     def reach(self) -> int:
-        """The most keys before a block of queries that their windows hold."""
+        """The most keys before queries that share them that their windows hold."""
         return -(-self.tokens // BLOCK) * BLOCK
 
 
@@ -59,8 +62,8 @@ def window_attention(
     """
     end = offset + query.shape[1]
     # Whole groups of queries, whose windows lie within the keys, share one mask.
-    first = -(-max(offset, window.reach) // _TOGETHER) * _TOGETHER
-    last = max(first, end // _TOGETHER * _TOGETHER)
+    first = -(-max(offset, window.reach) // QUERIES) * QUERIES
+    last = max(first, end // QUERIES * QUERIES)
     parts = [
         *_rows(query, key, value, window, offset, (offset, min(first, end)), scale),
         *_groups(query, key, value, window, offset, (first, min(last, end)), scale),
@@ -129,11 +132,11 @@ def _groups(
     reach = window.reach
 
     def windows(tensor: Tensor) -> Tensor:
-        return tensor[:, low - reach : high].unfold(1, reach + _TOGETHER, _TOGETHER).permute(1, 0, 3, 2)
+        return tensor[:, low - reach : high].unfold(1, reach + QUERIES, QUERIES).permute(1, 0, 3, 2)
 
-    index = torch.arange(_TOGETHER, device=query.device) + reach
-    keys = torch.arange(reach + _TOGETHER, device=query.device)
-    own = query[:, low - offset : high - offset].unflatten(1, (-1, _TOGETHER)).transpose(0, 1)
+    index = torch.arange(QUERIES, device=query.device)
+    keys = torch.arange(-reach, QUERIES, device=query.device)
+    own = query[:, low - offset : high - offset].unflatten(1, (-1, QUERIES)).transpose(0, 1)
     hidden = _hidden(window, index, keys, query.dtype)
     output, lse = piece_attention(own, windows(key), windows(value), scale, hidden, _every_row(query))
     return [(output.transpose(0, 1).flatten(1, 2), lse.transpose(0, 1).flatten(1, 2))]

@@ -1,0 +1,50 @@
+"""What exact attention of a few rows says about the rows between them.
+
+In four rows of each 128 the difference of exact and approximate output is known. Its mean over the four
+changes slowly from one block of rows to the next: every row gets it, interpolated.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .rows import exact_rows
+from .selection import rows_of_blocks
+from .window import QUERIES
+
+
+def corrected(
+    query: Tensor, key: Tensor, value: Tensor, output: Tensor, begin: int, scale: float, seed: int
+) -> tuple[Tensor, int]:
+    """Return the output with the rows from `begin` on corrected, and how many exact rows it took.
+
+    Args:
+        query: ``(R, n, d)``.
+        key: ``(1, n, d)``.
+        value: ``(1, n, d_v)``.
+        output: ``(R, n, d_v)``, of approximate attention; overwritten where no gradient is wanted.
+        begin: the first row that is not exact.
+        scale: factor of the logits.
+        seed: of the rows.
+
+    Complexity: O(n^2 (d + d_v) / 32) time.
+    """
+    n = query.shape[1]
+    first, last = -(-begin // QUERIES), n // QUERIES  # whole blocks of rows
+    if first >= last:
+        return output, 0
+    device = query.device
+    rows = rows_of_blocks(QUERIES, seed, last, n)[first:].to(device).flatten()
+    exact = exact_rows(query, key, value, rows, scale)
+    means = (exact - output.index_select(1, rows)).unflatten(1, (last - first, -1)).mean(2)
+    # Between the middles of two blocks, a part of the one and of the other.
+    at = (torch.arange(begin, n, device=device) - first * QUERIES + 0.5) / QUERIES - 0.5
+    at = at.clamp(0, last - first - 1)
+    low = at.long()
+    high = (low + 1).clamp(max=last - first - 1)
+    share = (at - low).to(means.dtype)[:, None]
+    change = torch.lerp(means.index_select(1, low), means.index_select(1, high), share)
+    better = output.clone() if torch.is_grad_enabled() else output
+    better[:, begin:] += change
+    return better.index_copy_(1, rows, exact), len(rows)
