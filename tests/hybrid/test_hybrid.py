@@ -27,6 +27,9 @@ SETTINGS = [
     {**SMALL, "far_field": "segments", "num_segments": 2, "key_weights": True, "blocks": 1},
     {**SMALL, "far_field": "segments", "key_weights": True},
     {**SMALL, "far_field": "conv"},
+    {**SMALL, "correction": True, "seed": 3},
+    {**SMALL, "blocks": 1, "correction": True},
+    {**SMALL, "far_field": "conv", "correction": True},
 ]
 # One of each way to the far field.
 FAR = [
@@ -35,6 +38,7 @@ FAR = [
     {**SMALL, "far_field": "segments", "num_segments": 3, "blocks": 1},
     {**SMALL, "far_field": "segments", "num_segments": 128, "key_weights": True},
     {**SMALL, "far_field": "conv"},
+    {**SMALL, "blocks": 1, "correction": True},
 ]
 
 
@@ -321,7 +325,7 @@ class TestOptions:
         inputs = qkv(500)
         stats = cb.hybrid_attention_stats(*inputs, **EVERYTHING)
         assert stats.dispatch.parts == ("window", "columns", "blocks", "segments")
-        assert 0 < stats.dispatch.sampled_rows <= 2 * SMALL["samples"]
+        assert 0 < stats.dispatch.sampled_rows <= 3 * SMALL["samples"]
         stats = cb.hybrid_attention_stats(*inputs, **SMALL, far_field="conv")
         assert stats.dispatch.parts == ("window", "columns", "conv")
         plain = cb.hybrid_attention_stats(*inputs, window=30, sinks=0, columns=0)

@@ -18,6 +18,7 @@ FAR = [
     {**SMALL, "far_field": "segments", "num_segments": 3, "key_weights": True, "blocks": 1},
     {**SMALL, "far_field": "segments", "key_weights": True},
     {**SMALL, "far_field": "conv"},
+    {**SMALL, "blocks": 1, "correction": True},
 ]
 
 
@@ -54,9 +55,9 @@ def held(monkeypatch, module, name):
     """Let a function return what it returned the first time, in the order of its calls."""
     function, kept, place = getattr(module, name), [], [0]
 
-    def again(*args):
+    def again(*args, **options):
         if place[0] == len(kept):
-            kept.append(function(*args))
+            kept.append(function(*args, **options))
         place[0] += 1
         return kept[place[0] - 1]
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 # Standard errors above the mean of the squared errors that make the bound. Errors of rows are heavy in
 # the tails: with the 1.64 of a normal distribution it would hold for three heads of four.
-_STANDARD_ERRORS = 9.0
+_STANDARD_ERRORS = 7.0
 
 
 def error_bound(

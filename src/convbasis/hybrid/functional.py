@@ -60,7 +60,7 @@ def hybrid_attention(
             which cannot leave out what blocks see, so that blocks must be 0.
         num_segments: at most that many segments, of whole blocks.
         key_weights: weigh the keys of a segment, and the segments, by what sampled rows look at.
-        samples: rows of exact attention for columns and fits, and as many for the estimate.
+        samples: rows of exact attention for columns and fits; the estimate takes twice as many others.
         scale: factor of the logits; ``1/sqrt(d)`` by default.
         is_causal: must be True.
         enable_gqa: allow H to be a multiple of H_kv.

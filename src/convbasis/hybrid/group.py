@@ -211,14 +211,14 @@ def estimate(
     n = key.shape[1]
     offset = n - query.shape[1]
     with torch.no_grad():
-        rows = _rows(max(begin, offset), n, settings, 1).to(query.device)
+        rows = _rows(max(begin, offset), n, 2 * settings.samples, settings.seed, 1).to(query.device)
         exact = exact_rows(query, key, value, rows, scale, offset)
         return *error_bound(output, exact, rows, begin, offset), len(rows)
 
 
-def _rows(begin: int, end: int, settings: Settings, parity: int) -> Tensor:
+def _rows(begin: int, end: int, count: int, seed: int, parity: int) -> Tensor:
     """Return sampled rows of begin .. end - 1, one at least."""
-    rows = spread_rows(begin, end, settings.samples, parity, settings.seed)
+    rows = spread_rows(begin, end, count, parity, seed)
     return rows if len(rows) else torch.tensor([end - 1])
 
 
@@ -231,7 +231,7 @@ def _fitted(
     whole = settings.key_weights or settings.far_field == "conv"
     if not (whole or settings.columns):
         return None, query.new_zeros((len(query), 0)), 0
-    rows = _rows(begin, key.shape[1], settings, 0).to(query.device)
+    rows = _rows(begin, key.shape[1], settings.samples, settings.seed, 0).to(query.device)
     first = window.first(rows)
     if not whole:
         return None, mass_before(query, key, rows, first, scale), len(rows)

@@ -17,7 +17,7 @@ from .settings import HeadSetting, Size
 FORMAT = "convbasis.plan"
 VERSION = 1
 _SIZES = ("window", "sinks", "columns", "blocks")
-_OTHERS = ("far_field", "key_weights")
+_OTHERS = ("far_field", "key_weights", "correction")
 _T = TypeVar("_T")
 
 

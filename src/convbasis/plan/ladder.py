@@ -29,17 +29,21 @@ def default_ladder(length: int) -> tuple[HeadSetting, ...]:
     def number(count: int) -> Size:
         return Size(count, length, 0.5)
 
-    few, many = tokens(128), tokens(256)
     columns = Size(60, length, 0.5, 4)
+
+    def setting(window: int, blocks: int = 0, **others: Any) -> HeadSetting:
+        return HeadSetting(tokens(window), 4, columns, number(blocks) if blocks else 0, **others)
+
+    segments: dict[str, Any] = {"far_field": "segments", "key_weights": True}
     return (
-        HeadSetting(few, 4, columns),
-        HeadSetting(many, 4, columns),
-        HeadSetting(few, 4, columns, far_field="segments", key_weights=True),
-        HeadSetting(many, 4, columns, far_field="segments", key_weights=True),
-        HeadSetting(few, 4, columns, number(4)),
-        HeadSetting(few, 4, columns, number(4), "segments", True),
-        HeadSetting(many, 4, columns, number(8)),
-        HeadSetting(many, 4, columns, number(8), "segments", True),
+        setting(128),
+        setting(256),
+        setting(256, **segments),
+        setting(512, **segments),
+        setting(768, **segments),
+        setting(256, 4, **segments),
+        setting(512, 8, **segments),
+        setting(256, 16, correction=True),
     )
 
 

@@ -26,6 +26,8 @@ class ConcreteSetting(NamedTuple):
     """What stands for all other keys: ``"none"``, ``"segments"`` or ``"conv"``."""
     key_weights: bool
     """Whether the keys of a segment are weighed by what sampled rows look at."""
+    correction: bool = False
+    """Whether exact rows correct the others."""
 
 
 @dataclass(frozen=True)
@@ -77,11 +79,13 @@ class HeadSetting:
         blocks: heaviest key blocks of each query block.
         far_field: what stands for all other keys: ``"none"`` (nothing), ``"segments"`` or ``"conv"``.
         key_weights: weigh the keys of a segment by what sampled rows look at.
+        correction: correct every row by the mean difference in exact rows near it.
 
     Example:
         >>> setting = HeadSetting(window=Size(256, length=4096, power=0.5, multiple=64), columns=32)
         >>> setting.at(16384)
-        ConcreteSetting(window=512, sinks=4, columns=32, blocks=0, far_field='none', key_weights=False)
+        ConcreteSetting(window=512, sinks=4, columns=32, blocks=0, far_field='none', key_weights=False,
+                        correction=False)
     """
 
     window: int | Size = 256
@@ -90,6 +94,7 @@ class HeadSetting:
     blocks: int | Size = 0
     far_field: str = "none"
     key_weights: bool = False
+    correction: bool = False
 
     def __post_init__(self) -> None:
         """Check every field."""
@@ -104,8 +109,9 @@ class HeadSetting:
                 f"far_field={describe(self.far_field)} is not known; "
                 f"use one of {', '.join(map(repr, FAR_FIELDS))}"
             )
-        if not isinstance(self.key_weights, bool):
-            raise InputError(f"key_weights={describe(self.key_weights)} is not True or False")
+        for name in ("key_weights", "correction"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name}={describe(getattr(self, name))} is not True or False")
         if self.far_field == "conv" and self.blocks != 0:
             raise InputError(
                 f"far_field='conv' with blocks={self.blocks}: a convolution cannot leave out what "
@@ -121,6 +127,7 @@ class HeadSetting:
             blocks=_at(self.blocks, n),
             far_field=self.far_field,
             key_weights=self.key_weights,
+            correction=self.correction,
         )
 
 
