@@ -14,6 +14,7 @@ from .words import cell_text, number_text
 
 _STEPS = 4
 _CATEGORY_COLOURS = 8
+_MANY_LAYERS = 40
 Places = Set[tuple[int, int]]
 _Paint = Callable[[Cell], tuple[str, str]]
 """From a cell to the attributes and the content of its element."""
@@ -41,6 +42,7 @@ def map_html(one: HeadMap, index: int, viewed: Places) -> str:
     labels = "".join(f'<th scope="col">{_every(head, len(heads))}</th>' for head in heads)
     name = f"map-{index}"
     size = "wide" if len(heads) > 16 else "narrow"
+    tall = ' class="tall"' if len(one.values) > _MANY_LAYERS else ""
     figures = table_html(
         f"{one.title}: figures",
         ("layer", *(f"head {head}" for head in heads)),
@@ -48,7 +50,7 @@ def map_html(one: HeadMap, index: int, viewed: Places) -> str:
     )
     return (
         f'<figure class="map {size}"><figcaption id="{name}">{escape(one.title)}</figcaption>'
-        f'<div class="scroll"><table role="grid" aria-labelledby="{name}" data-map="{index}">'
+        f'<div class="scroll"><table role="grid"{tall} aria-labelledby="{name}" data-map="{index}">'
         f'<thead><tr><td class="corner">layer\\head</td>{labels}</tr></thead><tbody>{rows}</tbody>'
         f"</table></div>{legend}{details(figures)}</figure>"
     )

@@ -5,17 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from html import escape
 
-from .content import Chart, Report
+from .content import Cell, Chart, Report
 from .maps import map_html
 from .tables import details, table_html
 from .words import cell_html, number_text
 
 
+_BESIDE = 24
+"""Heads that a map may be wide to stand beside the chosen head and not above it."""
+
+
 def _summary(report: Report) -> str:
     cards = "".join(
-        f"<div><dt>{escape(name)}</dt><dd>{cell_html(value)}</dd></div>" for name, value in report.summary
+        f"<div><dt>{escape(name)}</dt><dd{_small(value)}>{cell_html(value)}</dd></div>"
+        for name, value in report.summary
     )
     return f'<dl class="cards">{cards}</dl>' if cards else ""
+
+
+def _small(value: Cell) -> str:
+    return ' class="words"' if isinstance(value, str) and len(value) > 12 else ""
 
 
 def _notes(report: Report) -> str:
@@ -28,16 +37,21 @@ def _heads(report: Report) -> str:
         return ""
     viewed = {(view.layer, view.head) for view in report.heads}
     maps = "".join(map_html(one, index, viewed) for index, one in enumerate(report.maps))
-    mark = " Heads with a dot have pictures." if viewed and maps else ""
+    mark = " A dark corner marks heads with pictures." if viewed and maps else ""
     help_text = (
-        f'<p class="muted">Choose a head by a click, or with the arrow keys.{mark}</p>' if maps else ""
+        '<p class="muted">Layers down, heads across. Choose a head by a click, or with the arrow keys.'
+        f"{mark}</p>"
+        if maps
+        else ""
     )
     chooser = (
         '<label>Heads with pictures <select id="chooser"></select></label>' if report.heads else ""
     )
     pictures = _HEAD_PICTURES if report.heads else ""
-    layout = "pair" if maps else "single"
-    left = f'<div class="maps">{maps}</div>' if maps else ""
+    wide = any(len(one.values[0]) > _BESIDE for one in report.maps)
+    layout = "pair" if maps and not wide else "stack"
+    jump = '<a class="jump" href="#view-title" hidden></a>'
+    left = f'<div class="maps">{maps}{jump}</div>' if maps else ""
     return (
         f'{help_text}<div class="{layout}">{left}<section class="view" aria-labelledby="view-title">'
         f'<div class="viewbar"><h3 id="view-title">No head chosen</h3>{chooser}</div>'
@@ -46,15 +60,32 @@ def _heads(report: Report) -> str:
     )
 
 
-_HEAD_PICTURES = """<div id="view-pictures" hidden><div class="plots">
-<figure><figcaption>Exact attention</figcaption><div class="plot square" id="view-exact" role="img"></div></figure>
-<figure><figcaption>Approximation</figcaption><div class="plot square" id="view-approximate" role="img"></div></figure>
-<figure><figcaption>Approximation − exact</figcaption><div class="plot square" id="view-difference" role="img"></div></figure>
-<figure><figcaption>Mean weight by lag</figcaption><div class="plot square" id="view-lags" role="img"></div></figure>
-</div><div class="legends">
-<div class="legend" id="legend-weight"><div class="ramp" aria-hidden="true"></div><div class="ticks"></div><p class="muted">attention weight, logarithmic</p></div>
-<div class="legend" id="legend-difference"><div class="ramp both" aria-hidden="true"></div><div class="ticks"></div><p class="muted">difference of weights</p></div>
-</div><details id="view-figures"><summary>Figures as a table</summary><div></div></details></div>"""
+def _picture(name: str, title: str, legend: str = "") -> str:
+    plot = f'<div class="plot square" id="view-{name}" role="img"></div>'
+    return f"<figure><figcaption>{title}</figcaption>{plot}{legend}</figure>"
+
+
+def _legend(name: str, title: str, kind: str) -> str:
+    return (
+        f'<div class="legend" id="legend-{name}"><div class="{kind}" aria-hidden="true"></div>'
+        f'<div class="ticks"></div><p class="muted">{title}</p></div>'
+    )
+
+
+_HEAD_PICTURES = (
+    '<div id="view-pictures" hidden><div class="groups"><div class="plots">'
+    + _picture("exact", "Exact attention")
+    + _picture("approximate", "Approximation")
+    + _legend("weight", "attention weight, logarithmic", "ramp")
+    + '</div><div class="plots">'
+    + _picture(
+        "difference",
+        "Approximation − exact",
+        _legend("difference", "difference of weights", "ramp both"),
+    )
+    + _picture("lags", "Mean weight by lag")
+    + '</div></div><details id="view-figures"><summary>Figures as a table</summary><div></div></details></div>'
+)
 
 
 def _charts(report: Report) -> str:

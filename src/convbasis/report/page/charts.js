@@ -3,21 +3,22 @@ const SYMBOLS = ["circle", "square", "diamond", "triangle-up", "cross", "x", "st
 const DASHES = ["solid", "solid", "solid", "dash", "dash", "dot", "dot"];
 const FEW_TICKS = 9;
 
-function chartAxis(given, values) {
+// On a logarithmic axis the measured sizes are marked, where they are few and stand apart.
+function chartAxis(given, values, markMeasured) {
   const options = {title: axisTitle(given.title), type: given.log ? "log" : "linear", separatethousands: true};
   if (!given.log) return axis(options);
   const distinct = [...new Set(values.filter((value) => value > 0))].sort((a, b) => a - b);
   const spread = distinct.every((value, at) => at === 0 || value >= 1.5 * distinct[at - 1]);
-  if (given.measured && spread && distinct.length <= FEW_TICKS) {
+  if (markMeasured && spread && distinct.length <= FEW_TICKS) {
     return axis({...options, tickvals: distinct, ticktext: distinct.map(digits)});
   }
-  return axis({...options, dtick: "D2", ...decades(distinct)});
+  return axis({...options, ...decades(distinct)});
 }
 
 // Over less than two decades the digits 1, 2 and 5 are marked, otherwise powers of ten alone.
 function decades(distinct) {
   const wide = distinct.length > 1 && distinct[distinct.length - 1] / distinct[0] > 100;
-  return wide ? {dtick: 1, exponentformat: "power"} : {exponentformat: "none", tickformat: ",~g"};
+  return {dtick: wide ? 1 : "D2", tickformat: ",~g"};
 }
 
 function lineTrace(line, at, chart) {
@@ -59,11 +60,9 @@ function drawChart(element, chart) {
       hovertemplate: `<b>${plainHover(name)}</b><br>${plainHover(chart.x.title)}: %{customdata[0]}` +
         `<br>${plainHover(chart.y.title)}: %{customdata[1]}<extra></extra>`,
     });
-    xs.push(x);
-    ys.push(y);
   }
   draw(element, traces, {
-    xaxis: chartAxis({...chart.x, measured: !chart.marked}, xs), yaxis: chartAxis(chart.y, ys), shapes, annotations,
+    xaxis: chartAxis(chart.x, xs, true), yaxis: chartAxis(chart.y, ys, false), shapes, annotations,
     margin: {l: 10, r: 16, t: 16, b: 10}, showlegend: traces.length > 1,
     legend: {orientation: "h", yref: "container", y: 0, yanchor: "bottom", x: 0, font: {size: 12}},
   });

@@ -15,6 +15,7 @@ function square(size, triangle, change) {
 
 function drawMatrix(id, view, triangle, label, scale) {
   const element = document.getElementById(id);
+  const ticks = {tick0: 0, dtick: Math.max(1, 10 * Math.round(view.size / 50))};
   const names = square(view.size, triangle, digits);
   element.setAttribute("aria-label", label);
   draw(element, [{
@@ -22,18 +23,19 @@ function drawMatrix(id, view, triangle, label, scale) {
     zmin: scale.low, zmax: scale.high, colorscale: ramp(scale.ramp), hoverongaps: false,
     hovertemplate: "query %{y}, key %{x}<br>%{customdata}<extra></extra>",
   }], {
-    xaxis: axis({title: axisTitle("key"), showgrid: false, constrain: "domain", nticks: 5}),
-    yaxis: axis({title: axisTitle("query"), showgrid: false, autorange: "reversed", scaleanchor: "x", constrain: "domain", nticks: 5}),
+    xaxis: axis({title: axisTitle("key"), showgrid: false, constrain: "domain", ...ticks}),
+    yaxis: axis({title: axisTitle("query"), showgrid: false, autorange: "reversed", scaleanchor: "x", constrain: "domain", ...ticks}),
     margin: {l: 8, r: 8, t: 8, b: 8},
   });
 }
 
 function drawLags(view, label) {
   const element = document.getElementById("view-lags");
-  const log = Math.max(0, ...view.lags) >= LOG_LAGS;
+  const longest = Math.max(1, ...view.lags);
+  const log = longest >= LOG_LAGS;
   // A logarithmic axis has no zero: lag 0 stands at one half, and is named.
   const x = view.lags.map((lag) => (log && lag === 0 ? 0.5 : lag));
-  const ticks = log ? {type: "log", tickvals: [0.5, 1, 10, 100, 1000, 10000, 100000], ticktext: ["0", "1", "10", "100", "1k", "10k", "100k"]} : {nticks: 5};
+  const ticks = log ? {type: "log", tickvals: [0.5, 1, 10, 100, 1000, 10000, 100000], ticktext: ["0", "1", "10", "100", "1k", "10k", "100k"]} : {tick0: 0, dtick: 10 ** Math.floor(Math.log10(longest)), range: [-0.5, longest + 0.5]};
   element.setAttribute("aria-label", label);
   draw(element, [{
     type: "scatter", mode: view.lags.length > 60 ? "lines" : "lines+markers", x, y: view.weights,
@@ -42,7 +44,7 @@ function drawLags(view, label) {
     hovertemplate: "lag %{customdata[0]}<br>weight %{customdata[1]}<extra></extra>",
   }], {
     xaxis: axis({title: axisTitle("lag (tokens back)"), ...ticks}),
-    yaxis: axis({title: axisTitle("weight"), type: "log", dtick: 1, exponentformat: "power"}),
+    yaxis: axis({title: axisTitle("weight"), type: "log", dtick: 1, tickformat: "~g"}),
     margin: {l: 8, r: 8, t: 8, b: 8},
   });
 }
@@ -68,7 +70,7 @@ function drawView(view) {
   const logarithm = (weight) => Math.log10(Math.max(weight, FLOOR));
   const weights = {change: logarithm, low: Math.log10(FLOOR), high: 0, ramp: "s"};
   drawMatrix("view-exact", view, view.exact, `Exact attention ${of}`, weights);
-  setTicks("legend-weight", [`${FLOOR} or less`, "1"]);
+  setTicks("legend-weight", ["1e-5 or less", "1"]);
   const difference = view.approximate?.map((weight, at) => weight - view.exact[at]);
   document.getElementById("legend-difference").hidden = !difference;
   if (difference) {
@@ -78,7 +80,7 @@ function drawView(view) {
     drawMatrix("view-approximate", view, view.approximate, `Approximation ${of}`, weights);
     const scale = {change: (value) => value, low: -edge, high: edge, ramp: "d"};
     drawMatrix("view-difference", view, difference, `Approximation minus exact ${of}; at most ${digits(most)}`, scale);
-    setTicks("legend-difference", [`−${digits(edge)}`, "0", `+${digits(edge)}`]);
+    setTicks("legend-difference", most === 0 ? ["0 everywhere"] : [`−${digits(edge)}`, "0", `+${digits(edge)}`]);
   } else {
     drawAbsent("view-approximate", "None: this head attends exactly.");
     drawAbsent("view-difference", "No difference.");
@@ -141,6 +143,11 @@ function watchHeads(views) {
     }
     document.getElementById("view-title").textContent = `Layer ${layer}, head ${head}`;
     document.getElementById("view-values").replaceChildren(...values);
+    const jump = document.querySelector(".jump");
+    if (jump) {
+      jump.textContent = `Layer ${layer}, head ${head}: see below`;
+      jump.hidden = false;
+    }
     const caption = document.getElementById("view-caption");
     const none = views.length ? "This report has no picture of this head." : "";
     caption.textContent = chosen.view ? chosen.view.caption : none;

@@ -29,14 +29,16 @@ function layout(options) {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: {family: getComputedStyle(document.body).fontFamily, size: 13, color: colour("text")},
     hoverlabel: {bgcolor: colour("surface"), bordercolor: colour("muted"), font: {color: colour("text")}, align: "left"},
-    // On a touch screen a finger that moves is scrolling.
-    dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
+    dragmode: touch ? false : "zoom",
     ...options,
   };
 }
 
+// On a touch screen a finger that moves is scrolling, and there is no hovering to hide buttons until.
+const touch = matchMedia("(pointer: coarse)").matches;
+
 const config = {
-  displaylogo: false, responsive: true,
+  displaylogo: false, responsive: true, displayModeBar: touch ? false : "hover",
   modeBarButtons: [["toImage", "resetScale2d"]],
 };
 
