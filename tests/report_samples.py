@@ -44,7 +44,9 @@ def view(layer, head, approximated=True):
         exact=attention(layer, head, 0.0),
         approximate=attention(layer, head, 0.7) if approximated else None,
         lags=(0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048),
-        lag_weights=tuple(0.4 / (1 + lag) ** (1 + head / 10) for lag in (0, *(2**i for i in range(12)))),
+        lag_weights=tuple(
+            0.4 / (1 + lag) ** (1 + head / 10) for lag in (0, *(2**i for i in range(12)))
+        ),
     )
 
 
@@ -111,8 +113,10 @@ def full_report(model="SmolLM2-135M"):
             HeadMap("Estimated error of each head", "relative L2 error", errors),
             HeadMap("What each head computes", "", settings),
         ),
-        heads=tuple(view(*place) for place in ((0, 0), (0, 1), (3, 4), (14, 2), (28, 8)))
-        + (view(29, 0, approximated=False),),
+        heads=(
+            *(view(*place) for place in ((0, 0), (0, 1), (3, 4), (14, 2), (28, 8))),
+            view(29, 0, approximated=False),
+        ),
         charts=(speed, quality),
         tables=(
             Table(
@@ -126,7 +130,7 @@ def full_report(model="SmolLM2-135M"):
             ),
         ),
         notes=(
-            "Times are medians of five interleaved runs on a shared machine; ratios vary by up to 10 %.",
+            "Times are medians of five interleaved runs on a shared machine; ratios vary by 10 %.",
             "Perplexity of dialogue was not measured: the text is shorter than the plan's crossover.",
         ),
     )
@@ -135,6 +139,7 @@ def full_report(model="SmolLM2-135M"):
 def hostile_report():
     """Return a report whose every text tries to be markup."""
     bad = HOSTILE
+    line = Line(f"{bad}<b>bold</b>", (1.0, 2.0), (1.0, 2.0), (bad, "</script>"))
     return Report(
         title=f"t {bad}",
         provenance=Provenance(
@@ -144,10 +149,7 @@ def hostile_report():
         maps=(HeadMap(bad, bad, ((bad, None), ('" onfocus="alert(3)', "b"))),),
         heads=(HeadView(0, 0, bad, ((1.0,),), ((1.0,),), (0,), (1.0,)),),
         charts=(
-            Chart(
-                bad, f"{bad} %{{x}}", bad, (Line(f"{bad}<b>bold</b>", (1.0, 2.0), (1.0, 2.0), (bad, "</script>")),),
-                marked=(1.0, 1.0, bad), level=(1.0, bad),
-            ),
+            Chart(bad, f"{bad} %{{x}}", bad, (line,), marked=(1.0, 1.0, bad), level=(1.0, bad)),
         ),
         tables=(Table(bad, (bad,), ((bad,), ("&lt;&amp;",))),),
         notes=(bad,),

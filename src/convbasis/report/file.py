@@ -69,7 +69,7 @@ def _report(parsed: object) -> Report:
             "use the release that wrote it, or run the command again"
         )
     rest = {name: value for name, value in parsed.items() if name not in ("format", "version")}
-    return _read(Report, rest, "")  # type: ignore[no-any-return]
+    return _read(Report, rest, "")
 
 
 def _read(kind: Any, value: Any, place: str) -> Any:

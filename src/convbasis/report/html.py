@@ -78,8 +78,8 @@ def report_html(report: Report) -> str:
 <nav aria-label="Contents">{links}</nav>
 </header>
 <main id="main" tabindex="-1">
-<noscript><p class="notice">Pictures need JavaScript, which this file brings along but this browser does not run;
-all figures are in the tables.</p></noscript>
+<noscript><p class="notice">Pictures need JavaScript, which this browser does not run;
+all figures of maps and charts are in the tables.</p></noscript>
 <p class="notice" id="failure" role="alert" hidden></p>
 {main}</main>
 <!-- {_banner(plotly)} -->

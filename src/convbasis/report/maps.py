@@ -36,7 +36,7 @@ def map_html(one: HeadMap, index: int, viewed: Places) -> str:
         rows = _rows(one, viewed, lambda cell: _word_paint(letters, cell))
     else:
         scale = scale_of([float(number) for number in numbers])
-        legend = _scale_legend(scale, one.unit)
+        legend = _scale_legend(scale, one.unit) if numbers else '<p class="muted">nothing</p>'
         rows = _rows(one, viewed, lambda cell: _number_paint(scale, cell))
     heads = range(len(one.values[0]))
     labels = "".join(f'<th scope="col">{_every(head, len(heads))}</th>' for head in heads)
@@ -66,8 +66,8 @@ def _rows(one: HeadMap, viewed: Places, paint: _Paint) -> str:
             label = escape(f"Layer {layer}, head {head}: {cell_text(cell)}{unit}")
             mark = ' data-viewed=""' if (layer, head) in viewed else ""
             cells.append(
-                f'<td role="gridcell" tabindex="-1" aria-selected="false" data-layer="{layer}" '
-                f'data-head="{head}" aria-label="{label}" title="{label}"{mark} {attributes}>{text}</td>'
+                f'<td role="gridcell" tabindex="-1" aria-selected="false" aria-label="{label}" '
+                f'title="{label}" data-layer="{layer}" data-head="{head}"{mark} {attributes}>{text}</td>'
             )
         head_cell = f'<th scope="row">{_every(layer, len(one.values))}</th>'
         parts.append(f"<tr>{head_cell}{''.join(cells)}</tr>")
@@ -103,8 +103,7 @@ def _letters(words: list[str]) -> dict[str, str]:
     alphabet = string.ascii_uppercase
     names = [*alphabet, *(first + second for first in alphabet for second in alphabet)]
     return {
-        word: names[index % len(names)]
-        for index, (word, _) in enumerate(Counter(words).most_common())
+        word: names[index % len(names)] for index, (word, _) in enumerate(Counter(words).most_common())
     }
 
 
@@ -123,8 +122,8 @@ def _scale_legend(scale: Scale, unit: str) -> str:
     else:
         at = (0.0, 0.5, 1.0)
         ticks = "".join(f"<span>{number_text(float(f'{scale.value(t):.2g}'))}</span>" for t in at)
-    kind = ", logarithmic" if scale.log else ""
+    kind = ", ".join([unit] * bool(unit) + ["logarithmic"] * scale.log)
     return (
-        f'<div class="legend"><div class="ramp" aria-hidden="true"></div><div class="ticks">{ticks}</div>'
-        f'<p class="muted">{escape(unit)}{kind}</p></div>'
+        '<div class="legend"><div class="ramp" aria-hidden="true"></div>'
+        f'<div class="ticks">{ticks}</div><p class="muted">{escape(kind)}</p></div>'
     )

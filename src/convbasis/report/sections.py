@@ -10,7 +10,6 @@ from .maps import map_html
 from .tables import details, table_html
 from .words import cell_html, number_text
 
-
 _BESIDE = 24
 """Heads that a map may be wide to stand beside the chosen head and not above it."""
 
@@ -80,11 +79,12 @@ _HEAD_PICTURES = (
     + '</div><div class="plots">'
     + _picture(
         "difference",
-        "Approximation − exact",
+        "Approximation minus exact",
         _legend("difference", "difference of weights", "ramp both"),
     )
     + _picture("lags", "Mean weight by lag")
-    + '</div></div><details id="view-figures"><summary>Figures as a table</summary><div></div></details></div>'
+    + '</div></div><details id="view-figures"><summary>Figures as a table</summary><div></div>'
+    + "</details></div>"
 )
 
 
@@ -138,7 +138,7 @@ def _provenance(report: Report) -> str:
     where = report.provenance
     facts = [
         ("Command", f"<code>{escape(where.command)}</code>"),
-        ("Model", escape(where.model) if where.model is not None else "–"),
+        ("Model", escape(where.model) if where.model is not None else "—"),
         ("Made", escape(where.created)),
         ("Machine", escape(where.machine)),
         ("Threads", number_text(where.threads)),
@@ -147,7 +147,9 @@ def _provenance(report: Report) -> str:
     listed = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts)
     sources = [(source.name, source.tokens, source.sha256) for source in where.sources]
     texts = (
-        f'<h3>Texts</h3>{table_html("Texts", ("name", "tokens", "SHA-256"), sources)}' if sources else ""
+        f"<h3>Texts</h3>{table_html('Texts', ('name', 'tokens', 'SHA-256'), sources)}"
+        if sources
+        else ""
     )
     return f'<dl class="facts-list">{listed}</dl>{texts}'
 

@@ -21,7 +21,7 @@ def number_text(value: float | int) -> str:
 def cell_text(cell: Cell) -> str:
     """Return what stands in a cell, a dash for nothing; not escaped."""
     if cell is None:
-        return "–"
+        return "—"
     return cell if isinstance(cell, str) else number_text(cell)
 
 
