@@ -1,5 +1,6 @@
 """The page of a report in a real browser: drawn, chosen by mouse and keys, closed to the network."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -82,6 +83,29 @@ def drawn(page, name="exact"):
     return page.evaluate(f"JSON.stringify(document.getElementById('view-{name}').data[0].z)")
 
 
+CHART_COLOUR = "document.querySelector('[data-chart=\"0\"]').layout.font.color"
+
+
+def until(page, condition):
+    """Wait some frames for a condition; the page's policy forbids the browser driver's own way."""
+    frames = f"""new Promise((done) => {{
+      let left = 300;
+      const look = () => {{
+        left -= 1;
+        if ({condition} || left === 0) done(left);
+        else requestAnimationFrame(look);
+      }};
+      look();
+    }})"""
+    assert page.evaluate(frames) > 0, condition
+
+
+def picture(page):
+    """Return what the matrices are drawn from, and what was drawn."""
+    image = page.locator("#view-exact image")
+    return drawn(page), drawn(page, "difference"), image.get_attribute("href")
+
+
 def test_everything_is_drawn(visit, shots):
     page = visit()
     assert page.locator("#failure").is_hidden()
@@ -90,24 +114,27 @@ def test_everything_is_drawn(visit, shots):
         assert page.locator(f"#view-{name} .heatmaplayer image").count() == 1
     assert page.locator("#view-lags .scatterlayer path.js-line").count() == 1
     chart = page.locator('[data-chart="0"]')
-    assert chart.locator(".xtick").all_inner_texts() == [
+    assert chart.locator(".xtick").all_text_contents() == [
         "1,024", "2,048", "4,096", "8,192", "16,384", "32,768",
     ]  # fmt: skip
-    assert chart.locator(".annotation").all_inner_texts() == ["no faster"]
+    assert chart.locator(".annotation").all_text_contents() == ["no faster"]
     assert chart.locator(".shapelayer path").count() == 1
-    names = page.locator('[data-chart="1"] .legendtext').all_inner_texts()
+    names = page.locator('[data-chart="1"] .legendtext').all_text_contents()
     assert names == ["one setting for all heads", "plans", "this plan"]
     page.screenshot(path=shots / "light.png", full_page=True)
 
 
-def test_the_policy_lets_nothing_out(visit):
-    page = visit()
+def test_the_policy_lets_nothing_out(browser, files):
+    page = browser.new_page()
+    page.goto((files / "full.html").as_uri())
     for attempt in ("fetch('https://example.org')", "fetch('data:text/plain,x')"):
         with pytest.raises(Exception, match=r"Failed to fetch|Content Security Policy"):
             page.evaluate(attempt)
     refused = page.evaluate(
         """new Promise((done) => {
-          document.addEventListener("securitypolicyviolation", (event) => done(event.effectiveDirective));
+          document.addEventListener("securitypolicyviolation", (event) => {
+            done(event.effectiveDirective);
+          });
           const script = document.createElement("script");
           script.textContent = "window.intruded = true";
           document.head.append(script);
@@ -115,23 +142,16 @@ def test_the_policy_lets_nothing_out(visit):
     )
     assert refused == "script-src-elem"
     assert page.evaluate("window.intruded") is None
+    page.close()
 
 
 def test_a_click_shows_the_head(visit):
     page = visit()
-    before = (
-        drawn(page),
-        drawn(page, "difference"),
-        page.locator("#view-exact image").get_attribute("href"),
-    )
+    before = picture(page)
     head(page, 3, 4).click()
     assert page.locator("#view-title").inner_text() == "Layer 3, head 4"
     assert "kernel of layer 3, head 4" in page.locator("#view-caption").inner_text()
-    after = (
-        drawn(page),
-        drawn(page, "difference"),
-        page.locator("#view-exact image").get_attribute("href"),
-    )
+    after = picture(page)
     assert all(old != new for old, new in zip(before, after, strict=True))
     for grid in (0, 1):
         assert head(page, 3, 4, grid).get_attribute("aria-selected") == "true"
@@ -148,10 +168,7 @@ def test_what_is_drawn_is_the_report(visit):
     page = visit()
     head(page, 14, 2).click()
     view = next(view for view in full_report().heads if (view.layer, view.head) == (14, 2))
-    exact, shown = page.evaluate(
-        "[document.getElementById('view-exact').data[0], document.getElementById('view-difference').data[0]]"
-        ".map((trace) => trace.z)"
-    )
+    exact, shown = (json.loads(drawn(page, name)) for name in ("exact", "difference"))
     assert exact[0][1] is None
     assert 10 ** exact[20][7] == pytest.approx(max(view.exact[20][7], 1e-5), rel=1e-3)
     assert shown[20][20] == pytest.approx(view.approximate[20][20] - view.exact[20][20], abs=1e-4)
@@ -282,19 +299,16 @@ def test_the_button_changes_all_colours(visit, scheme):
 def test_the_system_changes_colours_too(visit):
     page = visit(color_scheme="light")
     page.emulate_media(color_scheme="dark")
-    page.wait_for_function(
-        "document.querySelector('[data-chart=\"0\"]').layout.font.color === 'rgb(233, 235, 239)'"
-    )
+    until(page, f"{CHART_COLOUR} === 'rgb(233, 235, 239)'")
     assert page.locator("#theme").inner_text() == "Light colours"
 
 
 def test_paper_is_light_and_the_screen_dark_again(visit, tmp_path):
     page = visit(color_scheme="dark")
-    seen = "document.querySelector('[data-chart=\"0\"]').layout.font.color"
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
-    assert page.evaluate(seen) == "rgb(23, 26, 32)"
+    assert page.evaluate(CHART_COLOUR) == "rgb(23, 26, 32)"
     page.evaluate("dispatchEvent(new Event('afterprint'))")
-    assert page.evaluate(seen) == "rgb(233, 235, 239)"
+    assert page.evaluate(CHART_COLOUR) == "rgb(233, 235, 239)"
     assert page.evaluate("document.documentElement.dataset.theme") is None
     page.pdf(path=tmp_path / "page.pdf")
     assert (tmp_path / "page.pdf").read_bytes().startswith(b"%PDF")
@@ -315,9 +329,7 @@ def test_a_phone_scrolls_down_only(visit, shots, name):
         jump = page.locator(".jump")
         assert jump.inner_text() == "Layer 14, head 2: see below"
         jump.tap()
-        page.wait_for_function(
-            "document.getElementById('view-title').getBoundingClientRect().top < 300"
-        )
+        until(page, "document.getElementById('view-title').getBoundingClientRect().top < 300")
 
 
 def test_hostile_texts_stay_texts(visit, shots):
@@ -327,12 +339,12 @@ def test_hostile_texts_stay_texts(visit, shots):
     assert HOSTILE in page.locator("#provenance").inner_text()
     assert page.locator("#view-caption").inner_text() == HOSTILE
     chart = page.locator('[data-chart="0"]')
-    assert chart.locator(".xtitle").inner_text() == f"{HOSTILE} %{{x}}"
-    assert chart.locator(".ytitle").inner_text() == HOSTILE
-    assert chart.locator(".legendtext").all_inner_texts() == [f"{HOSTILE}<b>bold</b>", HOSTILE]
-    assert chart.locator(".annotation").all_inner_texts() == [HOSTILE]
+    assert chart.locator(".xtitle").text_content() == f"{HOSTILE} %{{x}}"
+    assert chart.locator(".ytitle").text_content() == HOSTILE
+    assert chart.locator(".legendtext").all_text_contents() == [f"{HOSTILE}<b>bold</b>", HOSTILE]
+    assert chart.locator(".annotation").all_text_contents() == [HOSTILE]
     chart.locator(".scatterlayer .trace").first.locator(".points path").nth(1).hover(force=True)
-    hover = chart.locator(".hoverlayer").inner_text()
+    hover = chart.locator(".hoverlayer").text_content()
     assert f"{HOSTILE}<b>bold</b> </script>" in hover
     assert f"{HOSTILE} %{{x}}: 2" in hover
     assert page.locator("main script, main img, main b").count() == 0

@@ -66,8 +66,9 @@ def _rows(one: HeadMap, viewed: Places, paint: _Paint) -> str:
             label = escape(f"Layer {layer}, head {head}: {cell_text(cell)}{unit}")
             mark = ' data-viewed=""' if (layer, head) in viewed else ""
             cells.append(
-                f'<td role="gridcell" tabindex="-1" aria-selected="false" aria-label="{label}" '
-                f'title="{label}" data-layer="{layer}" data-head="{head}"{mark} {attributes}>{text}</td>'
+                '<td role="gridcell" tabindex="-1" aria-selected="false" '
+                f'aria-label="{label}" title="{label}" '
+                f'data-layer="{layer}" data-head="{head}"{mark} {attributes}>{text}</td>'
             )
         head_cell = f'<th scope="row">{_every(layer, len(one.values))}</th>'
         parts.append(f"<tr>{head_cell}{''.join(cells)}</tr>")
