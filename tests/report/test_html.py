@@ -21,7 +21,7 @@ from convbasis.report.content import Chart, HeadMap, Line, Report, Table
 from convbasis.report.file import report_json
 from convbasis.report.html import report_html, write_report
 from convbasis.report.scale import scale_of
-from convbasis.report.words import cell_text, rounded
+from convbasis.report.words import cell_text, rounded, time_text
 
 VOID = {"meta", "link", "br", "img", "input"}
 
@@ -252,6 +252,13 @@ def test_numbers_for_readers(cell, text):
     assert cell_text(cell) == text
 
 
+def test_times_are_to_the_minute():
+    assert time_text("2026-05-04T10:20:30Z") == "2026-05-04 10:20 UTC"
+    assert time_text("2026-05-04T10:20:30.123456+00:00") == "2026-05-04 10:20 UTC"
+    for other in ("2026-05-04T10:20:30+02:00", "yesterday"):
+        assert time_text(other) == other
+
+
 @pytest.mark.parametrize(
     ("values", "log", "middle"),
     [
@@ -310,7 +317,8 @@ def test_the_command_writes_the_page_of_a_file(tmp_path):
     console = Console(record=True, width=300)
     run_report(source, output, console)
     assert output.read_text(encoding="utf-8") == report_html(full_report())
-    assert "[red] page.html (2.3 MB)" in console.export_text()
+    size = f"{output.stat().st_size / 1e6:.1f} MB"
+    assert f"[red] page.html ({size}); open it" in console.export_text()
     source.write_text("{}")
     with pytest.raises(FileFormatError, match="its format is None"):
         run_report(source, output, console)

@@ -15,6 +15,7 @@ from .consistency import check_report
 from .content import Report
 from .pictures import pictures_json
 from .sections import SECTIONS
+from .words import time_text
 
 _PAGE = Path(__file__).parent / "page"
 _SCRIPTS = ("colours.js", "plots.js", "charts.js", "heads.js", "start.js")
@@ -74,7 +75,7 @@ def report_html(report: Report) -> str:
 <div class="bar"><span class="mark">convbasis</span>
 <button id="theme" type="button" hidden>Dark</button></div>
 <h1>{escape(report.title)}</h1>
-<p class="muted facts">{model}<span>{escape(provenance.created)}</span></p>
+<p class="muted facts">{model}<span>{escape(time_text(provenance.created))}</span></p>
 <nav aria-label="Contents">{links}</nav>
 </header>
 <main id="main" tabindex="-1">

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from html import escape
 
 from .content import Cell
@@ -28,6 +29,12 @@ def cell_text(cell: Cell) -> str:
 def cell_html(cell: Cell) -> str:
     """Return what stands in a cell, escaped."""
     return escape(cell_text(cell))
+
+
+def time_text(stamp: str) -> str:
+    """Return a time in ISO 8601, UTC, to the minute for readers; anything else as it is."""
+    found = re.fullmatch(r"(\d{4}-\d\d-\d\d)T(\d\d:\d\d)[\d:.]*(?:Z|\+00:00)", stamp)
+    return f"{found[1]} {found[2]} UTC" if found else stamp
 
 
 def rounded(value: float) -> float | int:
