@@ -154,3 +154,34 @@ def hostile_report():
         tables=(Table(bad, (bad,), ((bad,), ("&lt;&amp;",))),),
         notes=(bad,),
     )  # fmt: skip
+
+
+def odd_report():
+    """Return a report at the edges of what can be drawn."""
+    matrix = ((0.0, 0.0), (0.0, 0.0))
+    empty = Chart("no lines", "x", "y", (), x_log=True, y_log=True)
+    below = Chart(
+        "not on these axes",
+        "x",
+        "y",
+        (Line("l", (0.0, 1.0), (-1.0, 0.0)), Line("none", (), ())),
+        x_log=True,
+        y_log=True,
+        marked=(0.0, 0.0, "the point"),
+        level=(0.0, "the level"),
+    )
+    return Report(
+        title="",
+        provenance=Provenance("", "", {}, 1, ""),
+        maps=(
+            HeadMap("nothing", "", ((None,), (None,))),
+            HeadMap("one value", "", ((2.0,), (2.0,))),
+            HeadMap("fewer layers", "", ((-1e300,),)),
+        ),
+        heads=(
+            HeadView(1, 0, "zero", matrix, matrix, (), ()),
+            HeadView(7, 7, "in no map", ((1.0,),), None, (0, 3), (0.0, 0.0), first=960, tile=64),
+        ),
+        charts=(empty, below),
+        tables=(Table("empty", (), ()), Table("no rows", ("a",), ())),
+    )

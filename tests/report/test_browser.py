@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from playwright.sync_api import sync_playwright
-from report_samples import HOSTILE, full_report, hostile_report
+from report_samples import HOSTILE, full_report, hostile_report, odd_report
 
 from convbasis.report.html import write_report
 
@@ -35,7 +35,8 @@ def browser():
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages")
-    for name, report in (("full", full_report()), ("hostile", hostile_report())):
+    reports = {"full": full_report(), "hostile": hostile_report(), "odd": odd_report()}
+    for name, report in reports.items():
         write_report(report, folder / f"{name}.html")
     return folder
 
@@ -70,7 +71,7 @@ def visit(browser, files):
     for context in contexts:
         context.close()
     assert complaints == []
-    assert {url.rsplit("/", 1)[1] for url in requests} <= {"full.html", "hostile.html"}
+    assert {url.rsplit("/", 1)[1] for url in requests} <= {"full.html", "hostile.html", "odd.html"}
     assert all(url.startswith("file:") for url in requests)
 
 
@@ -170,8 +171,8 @@ def test_what_is_drawn_is_the_report(visit):
     view = next(view for view in full_report().heads if (view.layer, view.head) == (14, 2))
     exact, shown = (json.loads(drawn(page, name)) for name in ("exact", "difference"))
     assert exact[0][1] is None
-    assert 10 ** exact[20][7] == pytest.approx(max(view.exact[20][7], 1e-5), rel=1e-3)
-    assert shown[20][20] == pytest.approx(view.approximate[20][20] - view.exact[20][20], abs=1e-4)
+    assert 10 ** exact[20][7] == pytest.approx(max(view.exact[20][7], 1e-5), rel=5e-3)
+    assert shown[20][20] == pytest.approx(view.approximate[20][20] - view.exact[20][20], abs=1e-3)
 
 
 def test_heads_without_a_picture_and_exact_heads_say_so(visit):
@@ -230,13 +231,14 @@ def test_figures_of_the_chosen_head_are_a_table(visit):
     page = visit()
     page.locator("#view-figures summary").click()
     rows = page.locator("#view-figures tbody tr")
+    rows.first.wait_for()
     assert rows.count() == 13 + 48 * 49 // 2
     assert rows.nth(0).locator("td").all_inner_texts() == ["0", "0.4"]
     view = full_report().heads[0]
     query, key, exact, approximate, difference = rows.nth(15).locator("td").all_inner_texts()
     assert (query, key) == ("1", "1")
-    assert float(exact) == pytest.approx(view.exact[1][1], rel=1e-3)
-    assert float(approximate) == pytest.approx(view.approximate[1][1], rel=1e-3)
+    assert float(exact) == pytest.approx(view.exact[1][1], rel=5e-3)
+    assert float(approximate) == pytest.approx(view.approximate[1][1], rel=5e-3)
     assert float(difference) == pytest.approx(view.approximate[1][1] - view.exact[1][1], abs=1e-3)
     head(page, 29, 0).click()
     assert page.locator("#view-figures th").all_inner_texts() == [
@@ -349,6 +351,22 @@ def test_hostile_texts_stay_texts(visit, shots):
     assert f"{HOSTILE} %{{x}}: 2" in hover
     assert page.locator("main script, main img, main b").count() == 0
     page.screenshot(path=shots / "hostile.png", full_page=True)
+
+
+def test_what_is_empty_or_has_no_place_is_drawn_without_complaint(visit):
+    page = visit("odd")
+    assert page.locator("#failure").is_hidden()
+    assert page.locator("#view-title").inner_text() == "Layer 1, head 0"
+    assert page.locator("#legend-difference").inner_text().startswith("0 everywhere")
+    assert page.locator('[data-chart="1"] .annotation').count() == 0
+    head(page, 0, 0).click()
+    assert page.locator("#view-values dd").all_inner_texts() == ["—", "2", "-1e+300"]
+    page.locator("#chooser").select_option("7,7")
+    assert page.locator("#view-title").inner_text() == "Layer 7, head 7"
+    page.locator("#view-figures summary").click()
+    row = page.locator("#view-figures table").nth(1).locator("tbody td")
+    row.first.wait_for()
+    assert row.all_inner_texts() == ["960 to 1,023", "960 to 1,023", "1"]
 
 
 def test_a_browser_that_cannot_unpack_says_so(browser, files):

@@ -164,6 +164,12 @@ def test_no_file(tmp_path):
             {"heads": (HeadView(-1, 0, "", ((1.0,),), None, (), ()),)},
             r"heads\[0\] is layer -1, head 0; both count from 0",
         ),
+        ({"heads": (HeadView(0, 0, "", (), None, (), ()),)}, r"heads\[0\]\.exact has no rows"),
+        (
+            {"heads": (HeadView(0, 0, "", ((1.0,),), None, (), (), first=-1, tile=0),)},
+            r"heads\[0\] begins at token -1 with tiles of 0",
+        ),
+        ({"summary": (("x", 10**400),)}, r"summary\[0\]\[1\] is 1000.*every number must be finite"),
         (
             {"heads": (HeadView(0, 0, "", ((1.0,),), None, (0,), ()),)},
             r"heads\[0\] has 1 lags and 0 lag_weights",

@@ -166,7 +166,7 @@ def test_pictures_are_the_reports_data_rounded(page):
     view = content["heads"][2]
     assert (view["layer"], view["head"], view["size"]) == (3, 4, SIZE)
     exact = attention(3, 4, 0.0)
-    assert view["exact"][:3] == [1, rounded(exact[1][0]), rounded(exact[1][1])]
+    assert view["exact"][:3] == [1, rounded(exact[1][0], 3), rounded(exact[1][1], 3)]
     assert len(view["exact"]) == len(view["approximate"]) == SIZE * (SIZE + 1) // 2
     assert content["heads"][-1]["approximate"] is None
     assert content["charts"][1]["marked"] == [4.7, 0.0024, "this plan"]
@@ -212,6 +212,17 @@ def test_hostile_texts_are_texts(hostile, page):
     content = json.loads(hostile.texts["pictures"])
     assert content["charts"][0]["title"] == HOSTILE
     assert content["charts"][0]["lines"][0]["labels"] == [HOSTILE, "</script>"]
+
+
+def test_text_that_is_no_unicode_is_written_too(tmp_path):
+    report = dataclasses.replace(full_report(), title="name \udcff")
+    write_report(report, tmp_path / "r.html")
+    assert "<h1>name ?</h1>" in (tmp_path / "r.html").read_text(encoding="utf-8")
+
+
+def test_a_map_of_nothing_says_so():
+    page = report_html(Report("r", provenance(), maps=(HeadMap("m", "u", ((None, None),)),)))
+    assert '<p class="muted">nothing</p>' in page
 
 
 def test_points_that_cannot_be_drawn_are_counted():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,7 +19,7 @@ def check_report(report: Report) -> None:
             a matrix that is not square, a number that is not finite; the message names the place.
     """
     for place, number in _numbers("", report):
-        if not math.isfinite(number):
+        if not abs(number) <= sys.float_info.max:
             raise InputError(f"{place} is {number!r}; every number must be finite, None for nothing")
     for index, one in enumerate(report.maps):
         _check_map(f"maps[{index}] {one.title!r}", one)
@@ -33,8 +33,8 @@ def check_report(report: Report) -> None:
         _check_table(f"tables[{index}] {table.title!r}", table)
 
 
-def _numbers(place: str, value: Any) -> Iterator[tuple[str, float]]:
-    if isinstance(value, float):
+def _numbers(place: str, value: Any) -> Iterator[tuple[str, float | int]]:
+    if isinstance(value, float | int):
         yield place, value
     elif isinstance(value, tuple):
         for index, entry in enumerate(value):
@@ -58,7 +58,14 @@ def _check_map(place: str, one: HeadMap) -> None:
 def _check_view(place: str, view: HeadView) -> None:
     if view.layer < 0 or view.head < 0:
         raise InputError(f"{place} is layer {view.layer}, head {view.head}; both count from 0")
+    if view.first < 0 or view.tile < 1:
+        raise InputError(
+            f"{place} begins at token {view.first} with tiles of {view.tile}; a position from 0 on and "
+            "1 token or more are wanted"
+        )
     size = len(view.exact)
+    if size == 0:
+        raise InputError(f"{place}.exact has no rows; leave out the head of which nothing is shown")
     for name in ("exact", "approximate"):
         matrix = getattr(view, name)
         if matrix is not None and (len(matrix) != size or any(len(row) != size for row in matrix)):

@@ -57,6 +57,10 @@ class HeadView:
     lags: tuple[int, ...]
     lag_weights: tuple[float, ...]
     """Mean attention weight at each lag."""
+    first: int = 0
+    """Position of the first token shown."""
+    tile: int = 1
+    """Tokens of one row or column of the matrices: 1 for single tokens, more for means over tiles."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import types
 from pathlib import Path
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
@@ -18,14 +19,14 @@ VERSION = 1
 
 
 def report_json(report: Report) -> str:
-    """Return a report as JSON text.
+    """Return a report as JSON text, in ASCII alone so that any terminal takes it.
 
     Raises:
         InputError: its parts do not agree, or a number is not finite; the message names the place.
     """
     check_report(report)
     content = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(report)}
-    return json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(content, allow_nan=False) + "\n"
 
 
 def read_report(path: Path) -> Report:
@@ -86,7 +87,8 @@ def _read(kind: Any, value: Any, place: str) -> Any:
     if dataclasses.is_dataclass(kind):
         return _read_fields(kind, value, place)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value) if abs(value) <= 2**1023 else _refuse(value, "a finite number", place)
+        largest = sys.float_info.max
+        return float(value) if abs(value) <= largest else _refuse(value, "a finite number", place)
     return _expect(kind, value, _NAMES[kind], place)
 
 

@@ -57,7 +57,7 @@ def report_html(report: Report) -> str:
     )
     provenance = report.provenance
     model = f"<span>{escape(provenance.model)}</span>" if provenance.model is not None else ""
-    return f"""<!DOCTYPE html>
+    text = f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -90,6 +90,8 @@ all figures of maps and charts are in the tables.</p></noscript>
 </body>
 </html>
 """
+    # Half of a surrogate pair, as in names of files that are not UTF-8, has no bytes.
+    return text.encode("utf-8", "replace").decode()
 
 
 def _plotly() -> str:

@@ -44,6 +44,8 @@ def _view(view: HeadView) -> dict[str, Any]:
         "layer": view.layer,
         "head": view.head,
         "caption": view.caption,
+        "first": view.first,
+        "tile": view.tile,
         "size": len(view.exact),
         "exact": _triangle(view.exact),
         "approximate": None if view.approximate is None else _triangle(view.approximate),
@@ -54,4 +56,4 @@ def _view(view: HeadView) -> dict[str, Any]:
 
 def _triangle(matrix: tuple[tuple[float, ...], ...]) -> list[float | int]:
     """Return the lower triangle, row after row."""
-    return [rounded(entry) for index, row in enumerate(matrix) for entry in row[: index + 1]]
+    return [rounded(entry, 3) for index, row in enumerate(matrix) for entry in row[: index + 1]]

@@ -37,7 +37,7 @@ def time_text(stamp: str) -> str:
     return f"{found[1]} {found[2]} UTC" if found else stamp
 
 
-def rounded(value: float) -> float | int:
-    """Return the number to four digits, as pictures show it; whole numbers without a point."""
-    short = float(f"{value:.4g}") if not float(value).is_integer() else float(value)
+def rounded(value: float, digits: int = 4) -> float | int:
+    """Return the number to some digits, as pictures show it; whole numbers without a point."""
+    short = float(f"{value:.{digits}g}") if not float(value).is_integer() else float(value)
     return int(short) if short.is_integer() and abs(short) < 2**53 else short

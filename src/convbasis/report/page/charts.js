@@ -43,7 +43,7 @@ function drawChart(element, chart) {
   const traces = chart.lines.map((line, at) => lineTrace(line, at, chart));
   const shapes = [];
   const annotations = [];
-  if (chart.level) {
+  if (chart.level && !(chart.y.log && chart.level[0] <= 0)) {
     const [y, name] = chart.level;
     shapes.push({type: "line", xref: "paper", x0: 0, x1: 1, y0: y, y1: y, line: {color: colour("muted"), width: 1.5, dash: "dash"}});
     annotations.push({

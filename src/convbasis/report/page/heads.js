@@ -1,5 +1,5 @@
 // One head from near, and its choice in the maps.
-const FLOOR = 1e-5;
+const DECADES = 5;
 const LOG_LAGS = 512;
 
 function square(size, triangle, change) {
@@ -13,15 +13,27 @@ function square(size, triangle, change) {
   return rows;
 }
 
+// The tokens of a row or column.
+function tokens(view, index) {
+  const from = view.first + index * view.tile;
+  return view.tile === 1 ? digits(from) : `${digits(from)} to ${digits(from + view.tile - 1)}`;
+}
+
 function drawMatrix(id, view, triangle, label, scale) {
   const element = document.getElementById(id);
-  const ticks = {tick0: 0, dtick: Math.max(1, 10 * Math.round(view.size / 50))};
-  const names = square(view.size, triangle, digits);
+  const {first, tile, size} = view;
+  const ticks = {tick0: first, dtick: tile * Math.max(1, 10 * Math.round(size / 50)), separatethousands: true};
+  let query = 0, key = -1;
+  const names = square(size, triangle, (value) => {
+    if (key === query) [query, key] = [query + 1, 0];
+    else key += 1;
+    return `query ${tokens(view, query)}, key ${tokens(view, key)}<br>${digits(value)}`;
+  });
   element.setAttribute("aria-label", label);
   draw(element, [{
-    type: "heatmap", z: square(view.size, triangle, scale.change), customdata: names, showscale: false,
+    type: "heatmap", z: square(size, triangle, scale.change), x0: first, dx: tile, y0: first, dy: tile, customdata: names, showscale: false,
     zmin: scale.low, zmax: scale.high, colorscale: ramp(scale.ramp), hoverongaps: false,
-    hovertemplate: "query %{y}, key %{x}<br>%{customdata}<extra></extra>",
+    hovertemplate: "%{customdata}<extra></extra>",
   }], {
     xaxis: axis({title: axisTitle("key"), showgrid: false, constrain: "domain", ...ticks}),
     yaxis: axis({title: axisTitle("query"), showgrid: false, autorange: "reversed", scaleanchor: "x", constrain: "domain", ...ticks}),
@@ -67,15 +79,17 @@ function drawAbsent(id, text) {
 
 function drawView(view) {
   const of = `of layer ${view.layer}, head ${view.head}`;
-  const logarithm = (weight) => Math.log10(Math.max(weight, FLOOR));
-  const weights = {change: logarithm, low: Math.log10(FLOOR), high: 0, ramp: "s"};
+  const greatest = [...view.exact, ...(view.approximate ?? [])].reduce((most, one) => Math.max(most, one), 0) || 1;
+  const floor = Number((greatest / 10 ** DECADES).toPrecision(2));
+  const logarithm = (weight) => Math.log10(Math.max(weight, floor));
+  const weights = {change: logarithm, low: Math.log10(floor), high: Math.log10(greatest), ramp: "s"};
   drawMatrix("view-exact", view, view.exact, `Exact attention ${of}`, weights);
-  setTicks("legend-weight", ["1e-5 or less", "1"]);
+  setTicks("legend-weight", [`${floor.toExponential()} or less`, digits(greatest)]);
   const difference = view.approximate?.map((weight, at) => weight - view.exact[at]);
   document.getElementById("legend-difference").hidden = !difference;
   if (difference) {
     const most = difference.reduce((greatest, one) => Math.max(greatest, Math.abs(one)), 0);
-    const edge = Number(most.toPrecision(2)) || FLOOR;
+    const edge = Number(most.toPrecision(2)) || 1;
     for (const id of ["view-approximate", "view-difference"]) document.querySelector(`#${id} > .absent`)?.remove();
     drawMatrix("view-approximate", view, view.approximate, `Approximation ${of}`, weights);
     const scale = {change: (value) => value, low: -edge, high: edge, ramp: "d"};
@@ -93,7 +107,7 @@ function viewTables(view) {
   const rows = [];
   for (let query = 0, at = 0; query < view.size; query += 1) {
     for (let key = 0; key <= query; key += 1, at += 1) {
-      rows.push([query, key, view.exact[at], ...(difference ? [view.approximate[at], view.approximate[at] - view.exact[at]] : [])]);
+      rows.push([tokens(view, query), tokens(view, key), view.exact[at], ...(difference ? [view.approximate[at], view.approximate[at] - view.exact[at]] : [])]);
     }
   }
   const columns = ["query", "key", "exact", ...(difference ? ["approximation", "difference"] : [])];
