@@ -159,7 +159,7 @@ def test_a_click_shows_the_head(visit):
         assert page.locator(f'[data-map="{grid}"] [aria-selected="true"]').count() == 1
     values = page.locator("#view-values dd").all_inner_texts()
     report = full_report()
-    assert values[0].endswith(" relative L2 error")
+    assert values[0].endswith(" (relative L2 error)")
     assert float(values[0].split()[0]) == pytest.approx(report.maps[0].values[3][4], rel=1e-3)
     assert values[1] == report.maps[1].values[3][4]
     assert page.locator("#chooser").input_value() == "3,4"

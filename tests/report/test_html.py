@@ -128,7 +128,7 @@ def test_every_head_is_a_cell_with_a_name(page):
     cells = page.all("td", role="gridcell")
     assert len(cells) == 2 * 30 * 9
     assert cells[3 * 9 + 2]["aria-label"] == (
-        f"Layer 3, head 2: {cell_text(report.maps[0].values[3][2])} relative L2 error"
+        f"Layer 3, head 2: {cell_text(report.maps[0].values[3][2])} (relative L2 error)"
     )
     assert cells[270]["aria-label"] == f"Layer 0, head 0: {report.maps[1].values[0][0]}"
     viewed = {(int(a["data-layer"]), int(a["data-head"])) for a in cells if "data-viewed" in a}

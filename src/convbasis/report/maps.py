@@ -62,7 +62,7 @@ def _rows(one: HeadMap, viewed: Places, paint: _Paint) -> str:
         cells = []
         for head, cell in enumerate(row):
             attributes, text = paint(cell)
-            unit = f" {one.unit}" if one.unit and cell is not None else ""
+            unit = f" ({one.unit})" if one.unit and cell is not None else ""
             label = escape(f"Layer {layer}, head {head}: {cell_text(cell)}{unit}")
             mark = ' data-viewed=""' if (layer, head) in viewed else ""
             cells.append(

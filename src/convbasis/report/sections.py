@@ -13,6 +13,9 @@ from .words import cell_html, number_text
 _BESIDE = 24
 """Heads that a map may be wide to stand beside the chosen head and not above it."""
 
+_SHORT_TITLE = 24
+"""Letters that stand in one line above a map of few heads; beyond, every title gets two lines."""
+
 
 def _summary(report: Report) -> str:
     cards = "".join(
@@ -50,7 +53,8 @@ def _heads(report: Report) -> str:
     wide = any(len(one.values[0]) > _BESIDE for one in report.maps)
     layout = "pair" if maps and not wide else "stack"
     jump = '<a class="jump" href="#view-title" hidden></a>'
-    left = f'<div class="maps">{maps}{jump}</div>' if maps else ""
+    titles = " long-titles" if any(len(one.title) > _SHORT_TITLE for one in report.maps) else ""
+    left = f'<div class="maps{titles}">{maps}{jump}</div>' if maps else ""
     return (
         f'{help_text}<div class="{layout}">{left}<section class="view" aria-labelledby="view-title">'
         f'<div class="viewbar"><h3 id="view-title">No head chosen</h3>{chooser}</div>'

@@ -29,6 +29,7 @@ function layout(options) {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: {family: getComputedStyle(document.body).fontFamily, size: 13, color: colour("text")},
     hoverlabel: {bgcolor: colour("surface"), bordercolor: colour("muted"), font: {color: colour("text")}, align: "left"},
+    modebar: {bgcolor: "rgba(0,0,0,0)", color: colour("muted"), activecolor: colour("text")},
     dragmode: touch ? false : "zoom",
     ...options,
   };
