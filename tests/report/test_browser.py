@@ -171,6 +171,8 @@ def test_what_is_drawn_is_the_report(visit):
     view = next(view for view in full_report().heads if (view.layer, view.head) == (14, 2))
     exact, shown = (json.loads(drawn(page, name)) for name in ("exact", "difference"))
     assert exact[0][1] is None
+    names = page.evaluate("document.getElementById('view-exact').data[0].customdata")
+    assert names[20][7].startswith("query 20, key 7<br>")
     assert 10 ** exact[20][7] == pytest.approx(max(view.exact[20][7], 1e-5), rel=5e-3)
     assert shown[20][20] == pytest.approx(view.approximate[20][20] - view.exact[20][20], abs=1e-3)
 

@@ -7,7 +7,7 @@ function square(size, triangle, change) {
   let at = 0;
   for (let query = 0; query < size; query += 1) {
     const row = new Array(size).fill(null);
-    for (let key = 0; key <= query; key += 1, at += 1) row[key] = change(triangle[at]);
+    for (let key = 0; key <= query; key += 1, at += 1) row[key] = change(triangle[at], query, key);
     rows.push(row);
   }
   return rows;
@@ -23,15 +23,10 @@ function drawMatrix(id, view, triangle, label, scale) {
   const element = document.getElementById(id);
   const {first, tile, size} = view;
   const ticks = {tick0: first, dtick: tile * Math.max(1, 10 * Math.round(size / 50)), separatethousands: true};
-  let query = 0, key = -1;
-  const names = square(size, triangle, (value) => {
-    if (key === query) [query, key] = [query + 1, 0];
-    else key += 1;
-    return `query ${tokens(view, query)}, key ${tokens(view, key)}<br>${digits(value)}`;
-  });
+  const name = (value, query, key) => `query ${tokens(view, query)}, key ${tokens(view, key)}<br>${digits(value)}`;
   element.setAttribute("aria-label", label);
   draw(element, [{
-    type: "heatmap", z: square(size, triangle, scale.change), x0: first, dx: tile, y0: first, dy: tile, customdata: names, showscale: false,
+    type: "heatmap", z: square(size, triangle, scale.change), x0: first, dx: tile, y0: first, dy: tile, customdata: square(size, triangle, name), showscale: false,
     zmin: scale.low, zmax: scale.high, colorscale: ramp(scale.ramp), hoverongaps: false,
     hovertemplate: "%{customdata}<extra></extra>",
   }], {
