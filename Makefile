@@ -4,13 +4,24 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test check format bench browser-deps clean
 
 demo: $(VENV)/.installed ## the main job on real attention, with a table and a picture
 	$(BIN)/convbasis demo
 
 test: $(VENV)/.installed ## all tests, with line and branch coverage
 	$(BIN)/python -m pytest --quiet --cov --cov-report=term
+
+browser-deps: ## the browser that tests open reports in; they are skipped without it
+	@if command -v chromium chromium-browser > /dev/null; then \
+	  echo "chromium is there already"; \
+	elif ! command -v apt-get > /dev/null; then \
+	  echo "no apt-get here: install chromium by hand, or the browser tests are skipped"; \
+	elif [ "$$(id -u)" = 0 ]; then \
+	  apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; \
+	else \
+	  sudo apt-get update -qq && sudo apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; \
+	fi
 
 check: $(VENV)/.installed ## format, lint, types
 	$(BIN)/ruff format --check

@@ -70,7 +70,7 @@ def install(package, folder, *tools):
 
 USE = """
 import importlib.util, sys, tempfile, pathlib
-for absent in ("transformers", "typer", "rich", "matplotlib"):
+for absent in ("transformers", "typer", "rich", "matplotlib", "plotly"):
     assert importlib.util.find_spec(absent) is None, absent
 import torch, convbasis as cb
 assert "site-packages" in cb.__file__
@@ -95,7 +95,9 @@ def test_wheel_is_pure_python_and_typed(built):
     assert wheel.name.endswith("-py3-none-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert "convbasis/py.typed" in names
-    assert all(name.endswith((".py", ".typed")) or ".dist-info/" in name for name in names)
+    assert "convbasis/report/page/style.css" in names
+    kinds = (".py", ".typed", ".css", ".js")
+    assert all(name.endswith(kinds) or ".dist-info/" in name for name in names)
     metadata = next(n for n in names if n.endswith("METADATA"))
     text = zipfile.ZipFile(wheel).read(metadata).decode()
     required = re.findall(r"^Requires-Dist: (?!.*extra ==)([a-z]+(?:\[[a-z]+\])?)", text, re.MULTILINE)

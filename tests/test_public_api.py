@@ -166,6 +166,13 @@ sys.meta_path.insert(0, Block())
             "from pathlib import Path; error_figure({'a': []}, Path('x.png'))",
             "report",
         ),
+        (
+            ["plotly"],
+            "from convbasis.report.content import Provenance, Report\n"
+            "from convbasis.report.html import report_html\n"
+            "report_html(Report('t', Provenance('c', 'now', {}, 1, 'm')))",
+            "report",
+        ),
     ],
 )
 def test_a_missing_extra_is_named_in_one_line(blocked, code, extra):
@@ -203,7 +210,7 @@ MAY_IMPORT = {
     "plan": {"checks", "errors", "hybrid", "storage"},
     "nn": {"attention", "checks", "dispatch", "errors"},
     "integrations": {"checks", "errors", "hybrid", "plan", "storage"},
-    "report": {"errors"},
+    "report": {"checks", "errors", "storage"},
     "cli": {
         "__version__", "attention", "convolve", "decompose", "errors", "integrations", "planted",
         "recover", "report", "tune",
