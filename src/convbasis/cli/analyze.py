@@ -30,6 +30,7 @@ from .words import in_words, numbers
 
 _NONE_GOOD_ENOUGH = "exact: none is good enough"
 _NONE_FASTER = "exact: none is faster"
+_LEAST = 1e-7  # a logarithmic axis has no 0
 
 
 def run_analyze(
@@ -100,7 +101,9 @@ def analysis_report(
         _head_map(f"What suits within {tolerance:g}", "", suits, layers, heads),
         each("Smallest error estimate", "relative error, 95 % bound", _best_bounds),
         each(f"Attention on the {sizes.near} latest keys", "share", lambda own: own.near),
-        each(f"Attention on 4 first and {sizes.columns} other columns", "share", lambda own: own.columns),
+        each(
+            f"Attention on 4 first and {sizes.columns} other columns", "share", lambda own: own.columns
+        ),
         *(
             each(
                 f"k of the logits within {level:g} nats, first {sizes.decomposed} tokens",
@@ -155,9 +158,7 @@ def _best_bounds(own: LayerProfile) -> list[float]:
     return [rounded(min(bounds)) for bounds in zip(*own.bounds, strict=True)]
 
 
-def _head_map(
-    title: str, unit: str, values: dict[int, Any], layers: int, heads: int
-) -> HeadMap:
+def _head_map(title: str, unit: str, values: dict[int, Any], layers: int, heads: int) -> HeadMap:
     """Return a map of all layers, with nothing for those that were not looked at."""
     nothing: tuple[Cell, ...] = (None,) * heads
     return HeadMap(title, unit, tuple(tuple(values.get(layer, nothing)) for layer in range(layers)))
@@ -193,7 +194,8 @@ def _settings_chart(
 ) -> Chart:
     places = _places(profiles, ladder)
     names = tuple(in_words(setting, n) for setting in ladder)
-    costs, errors = zip(*places, strict=True)
+    costs = tuple(cost for cost, _ in places)
+    errors = tuple(max(error, _LEAST) for _, error in places)
     return Chart(
         title="Every setting for all heads",
         x_title="time / time of exact attention",
@@ -217,7 +219,7 @@ def _lag_chart(profiles: dict[int, LayerProfile], n: int) -> Chart:
                 f"layer {layer}",
                 tuple(float(lag) for lag in lags[1:]),
                 tuple(
-                    rounded(max(statistics.median(band), 1e-12))
+                    rounded(max(statistics.median(band), _LEAST))
                     for band in list(zip(*own.lag_weights, strict=True))[1:]
                 ),
             )
@@ -245,7 +247,7 @@ def _layer_table(profiles: dict[int, LayerProfile], suits: dict[int, list[str]])
     ranks = [f"k, {level:g} nats" for level in TOLERANCES]
     return Table(
         title="Medians over the heads of a layer",
-        columns=("layer", "near", "columns", *ranks, "best error", "heads that suit"),
+        columns=("layer", "near", "columns", *ranks, "best error", "heads with one"),
         rows=tuple(
             (
                 layer,

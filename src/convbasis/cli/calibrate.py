@@ -11,7 +11,7 @@ from rich.console import Console
 
 from ..integrations.calibrate import calibrate
 from ..integrations.models import load_model
-from ..integrations.texts import read_text, text_tokens
+from ..integrations.texts import read_texts, text_tokens
 from ..plan import Plan
 from ..report.content import HeadMap, Provenance, Report, Table
 from .interruption import keeping
@@ -34,7 +34,7 @@ def run_calibrate(
 ) -> None:
     """Calibrate, write the plan, and print what it holds."""
     check_outputs(output, json_output, page)
-    contents = [read_text(path) for path in texts or [None]]
+    contents = read_texts(texts)
     loaded = load_model(model)
     ids = [text_tokens(loaded.model, loaded.tokenizer, *text, length) for text in contents]
     with keeping(output) as checkpoint:
@@ -59,7 +59,7 @@ def plan_as_report(plan: Plan, place: Path, where: Provenance) -> Report:
 
     Args:
         plan: the plan.
-        place: the file that it was written to.
+        place: the file that it is in.
         where: it comes from.
     """
     n = plan.calibrated_length
@@ -70,6 +70,7 @@ def plan_as_report(plan: Plan, place: Path, where: Provenance) -> Report:
     costs = tuple(tuple(rounded(head.cost) for head in layer) for layer in plan.heads)
     mean = sum(head.cost for layer in plan.heads for head in layer) / heads
     notes = [
+        f"plan written to {place}",
         "Times are of this machine, one run each; a second calibration may choose otherwise where two "
         "settings take about as long.",
     ]
@@ -82,7 +83,6 @@ def plan_as_report(plan: Plan, place: Path, where: Provenance) -> Report:
         title=f"Plan for {where.model}",
         provenance=where,
         summary=(
-            ("plan", str(place)),
             ("heads approximated", f"{plan.approximated} of {heads}"),
             ("tolerance", plan.tolerance),
             ("calibrated length, tokens", n),

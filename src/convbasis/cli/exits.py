@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextvars import ContextVar
 from enum import IntEnum
@@ -30,19 +31,20 @@ class Exit(IntEnum):
 
 
 EXIT_CODES = (
-    "Exit codes: 0 done; 1 a model, text, plan or other input cannot be used, or an extra is missing; "
-    "2 wrong options; 3 a file cannot be read or written (disk full, no permission); 4 an unexpected "
-    "error; 130 interrupted by Ctrl-C, finished work is kept."
+    "Exit codes: 0 done; 1 input that cannot be used, or a missing extra; 2 wrong options; 3 a file "
+    "that cannot be read or written; 4 an unexpected error; 130 interrupted, finished work is kept."
 )
 
 
 def one_line_errors(command: _Command) -> _Command:
-    """Turn failures of a command into one line on standard error and their exit code."""
+    """Turn failures of a command into one line on standard error and their exit code; warnings too."""
 
     @wraps(command)
     def run(*args: Any, **options: Any) -> Any:
         try:
-            return command(*args, **options)
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                return command(*args, **options)
         except KeyboardInterrupt as stopped:
             _say(f"interrupted{f'; {stopped}' if str(stopped) else ''}", "yellow")
             raise typer.Exit(Exit.INTERRUPTED) from None
@@ -66,6 +68,10 @@ def _describe(error: Exception) -> tuple[Exit, str]:
         return Exit.SYSTEM, f"{error.strerror or error}{where}"
     kind = type(error).__name__
     return Exit.UNEXPECTED, f"unexpected {kind}: {error} (convbasis --debug ... shows where)"
+
+
+def _show_warning(message: Warning | str, *_: Any) -> None:
+    _say(f"warning: {message}", "yellow")
 
 
 def _say(message: str, color: str) -> None:

@@ -33,7 +33,7 @@ _TOOK_PART = ("transformers", "safetensors", "tokenizers", "gguf", "numpy", "mat
 def report_json(report: Report) -> str:
     """Return a report as strict JSON."""
     content = {"format": "convbasis.report", "version": 1, **dataclasses.asdict(report)}
-    return json.dumps(content, indent=1, allow_nan=False) + "\n"
+    return json.dumps(content, allow_nan=False) + "\n"
 
 
 def screen(json_output: Path | None) -> Console:

@@ -86,7 +86,9 @@ def compare_plan(
     """
     n = input_ids.shape[1]
     if not 2 <= scored < n:
-        raise InputError(f"scored={scored}: at least 2 tokens, and fewer than the text's {n}, are wanted")
+        raise InputError(
+            f"scored={scored}: at least 2 tokens, and fewer than the text's {n}, are wanted"
+        )
     if applied_to(model) is not None:
         raise InputError(f"this {type(model).__name__} has a plan already; remove_plan takes it off")
     plan.check_model(model)
@@ -113,9 +115,7 @@ def compare_plan(
                     logs.append(found)
                 if progress is not None:
                     progress(2 * repeat + way + 1, 2 * repeats)
-    exact, planned = (
-        _scored(logs[way], logs[0], targets, times[way]) for way in (0, 1)
-    )
+    exact, planned = (_scored(logs[way], logs[0], targets, times[way]) for way in (0, 1))
     return Comparison(exact, planned, report)
 
 
@@ -156,9 +156,7 @@ def _run(model: Any, ids: Tensor, scored: int, clock: Clock) -> tuple[Tensor, fl
     return rest.logits[0, :-1].float().log_softmax(-1), attention, whole
 
 
-def _scored(
-    logs: Tensor, exact: Tensor, targets: Tensor, times: list[tuple[float, float]]
-) -> Scored:
+def _scored(logs: Tensor, exact: Tensor, targets: Tensor, times: list[tuple[float, float]]) -> Scored:
     kl = (exact.exp() * (exact - logs)).sum(-1)
     loss, base = (float(-one.gather(1, targets[:, None]).mean()) for one in (logs, exact))
     error = float(kl.std() / math.sqrt(len(kl))) if len(kl) > 1 else 0.0

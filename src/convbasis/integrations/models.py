@@ -48,7 +48,7 @@ def load_model(name: str) -> NamedModel:
     """
     if name == _PACKAGED:
         return NamedModel(*load_smollm2(), NAME)
-    path = Path(name).expanduser()
+    path = Path(name)
     if path.is_dir():
         return _from_folder(path)
     if path.is_file():

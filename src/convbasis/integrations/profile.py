@@ -140,7 +140,8 @@ def profile_layers(
             return
         if str(layer) not in kept:
             found = profile(given, steps, seed, layer in seen)
-            kept.add(str(layer), found._replace(seen=[view._asdict() for view in found.seen])._asdict())
+            views = [view._asdict() for view in found.seen]
+            kept.add(str(layer), {**found._asdict(), "seen": views})
         if progress is not None:
             progress(len(kept), len(set(layers)))
 
@@ -159,9 +160,7 @@ def _read(kept: Checkpoint, layer: int) -> LayerProfile:
 
 
 @torch.no_grad()
-def profile(
-    given: CapturedLayer, ladder: Sequence[HeadSetting], seed: int, seen: bool
-) -> LayerProfile:
+def profile(given: CapturedLayer, ladder: Sequence[HeadSetting], seed: int, seen: bool) -> LayerProfile:
     """Profile one layer.
 
     Args:
@@ -175,9 +174,9 @@ def profile(
     query, key, value = (x.to(torch.float32).contiguous() for x in given[:3])
     n, sharing = query.shape[2], query.shape[1] // key.shape[1]
     sizes = lengths(n)
-    head = query[0, :, : sizes.decomposed] @ key[0, :, : sizes.decomposed].repeat_interleave(
-        sharing, 0
-    ).mT
+    head = (
+        query[0, :, : sizes.decomposed] @ key[0, :, : sizes.decomposed].repeat_interleave(sharing, 0).mT
+    )
     logits = (head * given.scale).tril()
     ranks = [decompose(logits, tol=tolerance).ranks.tolist() for tolerance in TOLERANCES]
     near, columns, weights = [], [], []

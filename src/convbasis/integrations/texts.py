@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,11 @@ def read_text(path: Path | None) -> tuple[str, str]:
     if not text.strip():
         raise InputError(f"{str(path)!r} is empty; a text is wanted")
     return path.name, text
+
+
+def read_texts(paths: Sequence[Path]) -> list[tuple[str, str]]:
+    """Return the names and texts of files, or the prose alone if there are none; see `read_text`."""
+    return [read_text(path) for path in paths] if paths else [read_text(None)]
 
 
 def text_tokens(model: Any, tokenizer: Any, name: str, text: str, count: int) -> Tensor:
