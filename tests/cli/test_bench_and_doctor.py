@@ -1,4 +1,4 @@
-"""convbasis bench, doctor, and the results of tune and demo: contents and every option."""
+"""convbasis bench, doctor, and the result of tune: contents and every option."""
 
 import pytest
 import torch
@@ -135,14 +135,3 @@ def test_tune_has_a_result(run, tmp_path):
     content = run(*words)
     assert dict(content["summary"])["measurements"] > 0
     assert len(content["tables"][0]["rows"]) == 10
-
-
-def test_demo_has_a_result(run, tmp_path, monkeypatch, smollm2):
-    monkeypatch.setenv("CONVBASIS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("convbasis.cli.demo.load_smollm2", lambda: smollm2)
-    monkeypatch.setattr("convbasis.cli.demo._PLANTED_LENGTHS", (256,))
-    content = run("demo", "--length", 64, "--layers", "3", "--output", tmp_path / "out")
-    attention, ranks = content["tables"]
-    assert len(attention["rows"]) == 1 + 4
-    assert ranks["rows"][0][0] == 3
-    assert len(content["charts"][0]["lines"]) == 3

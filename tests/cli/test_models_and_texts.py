@@ -12,6 +12,7 @@ from transformers import AutoModelForSeq2SeqLM, BertConfig, BertForMaskedLM, T5C
 
 import convbasis as cb
 from convbasis.integrations.models import load_model
+from convbasis.integrations.smollm2 import weights_file
 from convbasis.integrations.texts import checked_ids, read_text, text_tokens
 
 
@@ -166,6 +167,25 @@ def test_a_hubs_name_asks_for_safetensors_alone(monkeypatch, loaded):
     ):
         load_model("owner/name")
     assert asked == ["owner/name"]
+
+
+def test_a_gguf_file_alone_in_its_folder(monkeypatch, tmp_path):
+    (tmp_path / "named.gguf").symlink_to(weights_file())
+    asked = []
+
+    class Model:
+        def eval(self):
+            return "model"
+
+    def model(place, **options):
+        asked.append((place, options["gguf_file"], options["local_files_only"]))
+        return Model(), {"missing_keys": set()}
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", model)
+    found = load_model(str(tmp_path))
+    assert (found.model, found.name) == ("model", "named")
+    assert found.tokenizer.decode(found.tokenizer("Some words").input_ids) == "Some words"
+    assert asked == [(str(tmp_path), "named.gguf", True)]
 
 
 def test_smollm2_is_the_packaged_model(monkeypatch):

@@ -17,7 +17,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from ..attention import conv_basis_attention, conv_basis_attention_stats
 from ..decompose import decompose
 from ..integrations.capture import CapturedLayer, cached_layers
-from ..integrations.smollm2 import NAME, load_smollm2, load_tokenizer, sample_text, token_ids
+from ..integrations.smollm2 import NAME, load_smollm2, load_tokenizer, token_ids
+from ..integrations.texts import read_text
 from ..planted import PlantedQK, planted_qk
 from ..recover import recover
 from ..report.content import Chart, Line, Report, Table
@@ -89,7 +90,8 @@ def _capture(
     length: int, text: Path | None, layers: list[int], progress: Progress
 ) -> dict[int, CapturedLayer]:
     advance = _track(progress, f"tokens of {NAME}", 1)
-    ids = token_ids(load_tokenizer(), sample_text(text), length)
+    _, content = read_text(text)
+    ids = token_ids(load_tokenizer(), content, length)
     advance()
     # One step for loading the model, one for each layer; none of them where captures are kept.
     task = progress.add_task(f"capturing heads, {length} tokens", total=_LAYERS + 1)

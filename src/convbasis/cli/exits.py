@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from enum import IntEnum
 from functools import wraps
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import typer
 
@@ -70,7 +70,15 @@ def _describe(error: Exception) -> tuple[Exit, str]:
     return Exit.UNEXPECTED, f"unexpected {kind}: {error} (convbasis --debug ... shows where)"
 
 
-def _show_warning(message: Warning | str, *_: Any) -> None:
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Show a warning as the warnings module would, without its place in the code."""
     _say(f"warning: {message}", "yellow")
 
 
