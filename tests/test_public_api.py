@@ -205,7 +205,7 @@ MAY_IMPORT = {
     "integrations": {"checks", "decompose", "errors", "hybrid", "plan", "storage"},
     "report": {"errors"},
     "cli": {
-        "__version__", "attention", "convolve", "decompose", "dispatch", "errors", "hybrid",
+        "__version__", "attention", "checks", "convolve", "decompose", "dispatch", "errors", "hybrid",
         "integrations", "plan", "planted", "recover", "report", "storage", "tune",
     },
 }  # fmt: skip

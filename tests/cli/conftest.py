@@ -94,3 +94,12 @@ def steady(monkeypatch):
         return run(*inputs, **options), 2.0 if options.get("is_causal") else 1.0
 
     monkeypatch.setattr("convbasis.plan.ladder._timed", timed)
+
+
+@pytest.fixture
+def pages(monkeypatch):
+    """What is written as pages, without writing them: ``(report, path)`` each."""
+    written = []
+    monkeypatch.setattr("convbasis.cli.results.require_pages", lambda: None)
+    monkeypatch.setattr("convbasis.cli.results.write_page", lambda *given: written.append(given))
+    return written

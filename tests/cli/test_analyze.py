@@ -136,9 +136,7 @@ def test_every_option_changes_the_result(run, folder, text, tmp_path):
     assert prose["provenance"]["sources"][0]["name"] == "prose of the standard library"
 
 
-def test_a_page_is_asked_for(run, folder, text, tmp_path, monkeypatch):
-    pages = []
-    monkeypatch.setattr("convbasis.cli.results.write_page", lambda *given: pages.append(given))
+def test_a_page_is_asked_for(run, folder, text, tmp_path, pages):
     run("analyze", folder, "--text", text, "--length", 64, "--report", tmp_path / "r.html")
     ((report, place),) = pages
     assert place == tmp_path / "r.html"
@@ -173,6 +171,7 @@ def test_a_stopped_analysis_goes_on_and_gives_the_same(fail, run, folder, text, 
 def test_input_that_cannot_be_used(fail, folder, text, loaded):
     assert "0 to 1" in fail("analyze", folder, "--text", text, "--length", 64, "--layers", "2")
     assert "1500 tokens; 2000 are wanted" in fail("analyze", folder, "--text", text, "--length", 2000)
+    assert "tolerance=nan" in fail("analyze", folder, "--tolerance", "nan")
     assert "there is no folder" in fail("analyze", folder, "--json", "/no/such/place/r.json")
     with pytest.raises(cb.InputError, match="choose one or more of"):
         profile_layers(loaded, torch.zeros(1, 64, dtype=torch.int64), [2])

@@ -24,7 +24,7 @@ def test_bench_measures_every_method_at_every_length(run):
     assert len(content["summary"]) == 4
 
 
-def test_every_option_changes_what_is_measured(run, monkeypatch, tmp_path):
+def test_every_option_changes_what_is_measured(run, monkeypatch, tmp_path, pages):
     shapes, repeated = [], []
 
     def spy(functions, repeats):
@@ -54,8 +54,6 @@ def test_every_option_changes_what_is_measured(run, monkeypatch, tmp_path):
     assert torch.get_num_threads() == before
     measured("--repeats", 2)
     assert repeated == [2, 2]
-    pages = []
-    monkeypatch.setattr("convbasis.cli.results.write_page", lambda *given: pages.append(given))
     run(*SMALL, "--report", tmp_path / "r.html")
     assert [place for _, place in pages] == [tmp_path / "r.html"]
 

@@ -68,9 +68,7 @@ def test_without_a_text_it_is_the_prose(run, folder, tmp_path):
     assert content["provenance"]["sources"][0]["name"] == "prose of the standard library"
 
 
-def test_a_page_is_asked_for(run, words, tmp_path, monkeypatch):
-    pages = []
-    monkeypatch.setattr("convbasis.cli.results.write_page", lambda *given: pages.append(given))
+def test_a_page_is_asked_for(run, words, tmp_path, pages):
     run(*words, "--report", tmp_path / "r.html")
     assert [place for _, place in pages] == [tmp_path / "r.html"]
 

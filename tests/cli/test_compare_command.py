@@ -66,7 +66,7 @@ def test_the_model_is_as_before(loaded, plan_file):
     cb.remove_plan(loaded)
 
 
-def test_every_option_changes_the_result(run, words, text, tmp_path, monkeypatch):
+def test_every_option_changes_the_result(run, words, text, tmp_path, monkeypatch, pages):
     base = run(*words, "--no-fallback")
     assert base["provenance"]["model"] == "tiny"
     assert dict(base["summary"])["prompt, tokens"] == 150
@@ -89,10 +89,12 @@ def test_every_option_changes_the_result(run, words, text, tmp_path, monkeypatch
     assert figures(both)["loss, exact"] == found["loss, exact"] != figures(both, 2)["loss, exact"]
     steps = []
     monkeypatch.setattr("convbasis.cli.compare.compare_plan", spy(steps))
-    run(*words, "--repeats", 3)
+    several = run(*words, "--repeats", 3)
     assert steps == [3]
-    pages = []
-    monkeypatch.setattr("convbasis.cli.results.write_page", lambda *given: pages.append(given))
+    assert not any("--repeats" in note for note in several["notes"])
+    assert any("--repeats" in note for note in base["notes"])
+    assert any("No head was approximated" in note for note in short["notes"])
+    assert not any("No head was approximated" in note for note in base["notes"])
     run(*words, "--report", tmp_path / "r.html")
     assert [place for _, place in pages] == [tmp_path / "r.html"]
 

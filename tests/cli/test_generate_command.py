@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 import convbasis as cb
 from convbasis.cli.app import app
+from convbasis.integrations.generate import generate
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +78,24 @@ def test_a_plan_that_leaves_things_out_changes_the_text(run, words, plan_file, t
     same, _, of = found["first tokens that are the same"].partition(" of ")
     assert of == "12"
     assert 0 <= int(same) < 12
+
+
+def test_after_ctrl_c_the_text_so_far_is_printed(words, expected, monkeypatch):
+    def stop(model, ids, most, progress):
+        def tell(new):
+            progress(new)
+            if len(new) == 5:
+                raise KeyboardInterrupt
+
+        return generate(model, ids, most, tell)
+
+    monkeypatch.setattr("convbasis.cli.generate.generate", stop)
+    result = CliRunner().invoke(app, [*map(str, words), "--exact"])
+    assert result.exit_code == 130
+    assert result.stdout == expected[:5] + "\n"
+    assert "interrupted; 5 of 12 tokens are printed" in result.stderr
+    result = CliRunner().invoke(app, [*map(str, words), "--exact", "--json", "-"])
+    assert (result.exit_code, result.stdout) == (130, "")
 
 
 def test_the_prompt_is_another_text(run, folder, tmp_path, expected):

@@ -149,6 +149,11 @@ def test_outputs_are_checked_before_the_work(tmp_path, monkeypatch):
         check_outputs(tmp_path / "no" / "file")
     with pytest.raises(cb.InputError, match="is a folder; name a file in it"):
         check_outputs(tmp_path)
+    with pytest.raises(cb.InputError, match="two outputs cannot go to one file"):
+        check_outputs(tmp_path / "one", tmp_path / "." / "one")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(cb.MissingExtraError, match=r"an HTML page needs the extra \[report\]"):
+        check_outputs(page=tmp_path / "page")
     monkeypatch.setattr("os.access", lambda *_: False)
     with pytest.raises(PermissionError, match="no permission to write into"):
         check_outputs(tmp_path / "file")

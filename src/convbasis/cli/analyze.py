@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from ..checks import check_nonnegative
 from ..integrations.models import load_model
 from ..integrations.profile import (
     TILES,
@@ -45,7 +46,8 @@ def run_analyze(
     console: Console,
 ) -> None:
     """Analyze, print the tables, and write what is asked for."""
-    check_outputs(json_output, page)
+    check_nonnegative("tolerance", tolerance)
+    check_outputs(json_output, page=page)
     title, content = read_text(text)
     loaded = load_model(model)
     count = loaded.model.config.get_text_config().num_hidden_layers

@@ -46,7 +46,7 @@ def run_bench(
 
     After Ctrl-C the lengths that are done are printed and written.
     """
-    check_outputs(json_output, page)
+    check_outputs(json_output, page=page)
     sizes = numbers("lengths", lengths, 64)
     counts = numbers("bases", bases, 1)
     before = torch.get_num_threads()

@@ -33,7 +33,7 @@ def run_calibrate(
     console: Console,
 ) -> None:
     """Calibrate, write the plan, and print what it holds."""
-    check_outputs(output, json_output, page)
+    check_outputs(output, json_output, page=page)
     contents = read_texts(texts)
     loaded = load_model(model)
     ids = [text_tokens(loaded.model, loaded.tokenizer, *text, length) for text in contents]

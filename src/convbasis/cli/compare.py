@@ -44,7 +44,7 @@ def run_compare(
 
     After Ctrl-C the texts that are done are printed and written.
     """
-    check_outputs(json_output, page)
+    check_outputs(json_output, page=page)
     plan = Plan.load(plan_file)
     contents = read_texts(texts)
     loaded = load_model(model)
@@ -72,7 +72,7 @@ def run_compare(
         raise KeyboardInterrupt("no text was done")
     where = provenance(model=loaded.name, sources=[one for one, _ in found])
     shortest = plan.min_length if min_length is None else min_length
-    report = comparison_report(plan, shortest, found, length - scored, scored, where)
+    report = comparison_report(plan, shortest, found, length - scored, scored, repeats, where)
     deliver(report, console, json_output, page)
     if stopped:
         raise KeyboardInterrupt(f"{len(found)} of {len(contents)} texts are in the result")
@@ -84,6 +84,7 @@ def comparison_report(
     found: Sequence[tuple[Source, Comparison]],
     prompt: int,
     scored: int,
+    repeats: int,
     where: Provenance,
 ) -> Report:
     """Return what the comparison of some texts says.
@@ -94,6 +95,7 @@ def comparison_report(
         found: one entry for each text.
         prompt: tokens attended to by the plan.
         scored: tokens scored after them.
+        repeats: runs of each way.
         where: the figures come from.
     """
     figures = [_figures(comparison) for _, comparison in found]
@@ -111,6 +113,13 @@ def comparison_report(
             f"All heads were exact: the plan leaves prompts of at most {min_length:,} tokens exact "
             "(--min-length changes that)."
         )
+    if all(own["heads approximated"] == 0 for own in figures):
+        notes.append(
+            "No head was approximated: differences in time are of the machine, or what heads that fell "
+            "back cost twice."
+        )
+    if repeats == 1:
+        notes.append("Times are of one run each, and so of what else the machine did; see --repeats.")
     return Report(
         title=f"Plan beside exact attention, {where.model}",
         provenance=where,

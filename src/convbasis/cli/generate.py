@@ -48,7 +48,14 @@ def run_generate(
     report: PlanReport | None = None
     if plan is not None:
         apply_plan(loaded.model, plan, min_length=min_length)
-    found = _with_bar("generating", loaded.model, ids, max_new_tokens)
+    begun: list[int] = []
+    try:
+        found = _with_bar("generating", loaded.model, ids, max_new_tokens, begun)
+    except KeyboardInterrupt:
+        typer.echo(
+            loaded.tokenizer.decode(begun, skip_special_tokens=True), err=json_output == STANDARD_OUTPUT
+        )
+        raise KeyboardInterrupt(f"{len(begun)} of {max_new_tokens} tokens are printed") from None
     if plan is not None:
         report = plan_report(loaded.model)
         remove_plan(loaded.model)
@@ -77,7 +84,7 @@ def run_generate(
 def _beside(
     model: Any, ids: torch.Tensor, max_new_tokens: int, found: Generated
 ) -> list[tuple[str, Cell]]:
-    exact = _with_bar("the same, exact", model, ids, max_new_tokens)
+    exact = _with_bar("the same, exact", model, ids, max_new_tokens, [])
     pairs = zip(found.ids, exact.ids, strict=False)
     same = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(found.ids), len(exact.ids)))
     return [
@@ -87,6 +94,12 @@ def _beside(
     ]
 
 
-def _with_bar(name: str, model: Any, ids: torch.Tensor, most: int) -> Generated:
+def _with_bar(name: str, model: Any, ids: torch.Tensor, most: int, begun: list[int]) -> Generated:
+    """Generate, and keep in `begun` what there is so far."""
     with one_bar(name, most) as step:
-        return generate(model, ids, most, lambda new: step(len(new), most))
+
+        def tell(new: list[int]) -> None:
+            begun[:] = new
+            step(len(new), most)
+
+        return generate(model, ids, most, tell)

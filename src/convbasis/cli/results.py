@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -22,7 +23,7 @@ from rich.table import Table as ScreenTable
 from torch import Tensor
 
 from .. import __version__
-from ..errors import InputError, MissingPathError
+from ..errors import InputError, MissingExtraError, MissingPathError
 from ..report.content import Cell, Provenance, Report, Source, Table
 from ..storage import save_text
 
@@ -41,17 +42,25 @@ def screen(json_output: Path | None) -> Console:
     return Console(stderr=json_output == STANDARD_OUTPUT)
 
 
-def check_outputs(*paths: Path | None) -> None:
+def check_outputs(*files: Path | None, page: Path | None = None) -> None:
     """Check before long work that files can be written at its end.
+
+    Args:
+        files: to write, None for none.
+        page: the same, for a page.
 
     Raises:
         MissingPathError: there is no such folder.
-        InputError: a path is a folder.
+        InputError: a path is a folder, or two are the same.
+        MissingExtraError: what pages are made with is not installed.
         PermissionError: nothing may be written there.
     """
+    if page is not None:
+        require_pages()
+    paths = [path for path in (*files, page) if path is not None and path != STANDARD_OUTPUT]
+    if len({path.absolute() for path in paths}) < len(paths):
+        raise InputError(f"{', '.join(map(repr, map(str, paths)))}: two outputs cannot go to one file")
     for path in paths:
-        if path is None or path == STANDARD_OUTPUT:
-            continue
         if not path.parent.is_dir():
             raise MissingPathError(
                 f"there is no folder {str(path.parent)!r} to write {path.name!r} into"
@@ -60,6 +69,12 @@ def check_outputs(*paths: Path | None) -> None:
             raise InputError(f"{str(path)!r} is a folder; name a file in it")
         if not os.access(path.parent, os.W_OK):
             raise PermissionError(13, "no permission to write into", str(path.parent))
+
+
+def require_pages() -> None:
+    """Raise MissingExtraError now, rather than after long work, if pages cannot be made."""
+    if importlib.util.find_spec("plotly") is None:
+        raise MissingExtraError("an HTML page", "report", ImportError("No module named 'plotly'"))
 
 
 def provenance(
