@@ -177,3 +177,9 @@ def test_input_that_cannot_be_used(fail, folder, text, loaded):
         profile_layers(loaded, torch.zeros(1, 64, dtype=torch.int64), [2])
     with pytest.raises(cb.InputError, match="at least 64"):
         profile_layers(loaded, torch.zeros(1, 63, dtype=torch.int64), [0])
+
+
+def test_a_layer_that_does_not_attend_through_the_interface(loaded, monkeypatch):
+    monkeypatch.setattr("convbasis.integrations.profile.observe_layers", lambda *_: None)
+    with pytest.raises(cb.InputError, match="layer 0 of the model does not attend through"):
+        profile_layers(loaded, torch.zeros(1, 64, dtype=torch.int64), [0])

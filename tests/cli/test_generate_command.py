@@ -106,6 +106,11 @@ def test_the_prompt_is_another_text(run, folder, tmp_path, expected):
     assert content["provenance"]["sources"][0]["name"] == "other.txt"
 
 
+def test_a_prompt_without_tokens_is_refused(fail, words, monkeypatch):
+    monkeypatch.setattr("convbasis.cli.generate.read_text", lambda path: ("prompt", ""))
+    assert "has no tokens; a prompt is wanted" in fail(*words, "--exact")
+
+
 def test_input_that_cannot_be_used(fail, words, plan_file, tmp_path, folder):
     for options in ([], ["--plan", plan_file, "--exact"], ["--exact", "--against-exact"]):
         result = CliRunner().invoke(app, [*map(str, words), *map(str, options)])

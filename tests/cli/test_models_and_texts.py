@@ -182,10 +182,14 @@ def test_a_gguf_file_alone_in_its_folder(monkeypatch, tmp_path):
         return Model(), {"missing_keys": set()}
 
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", model)
-    found = load_model(str(tmp_path))
-    assert (found.model, found.name) == ("model", "named")
-    assert found.tokenizer.decode(found.tokenizer("Some words").input_ids) == "Some words"
-    assert asked == [(str(tmp_path), "named.gguf", True)]
+
+    def tokenizer(place, **options):
+        asked.append((place, options["gguf_file"], options["local_files_only"]))
+        return "tokenizer"
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", tokenizer)
+    assert load_model(str(tmp_path)) == ("model", "tokenizer", "named")
+    assert asked == [(str(tmp_path), "named.gguf", True)] * 2
 
 
 def test_smollm2_is_the_packaged_model(monkeypatch):

@@ -195,6 +195,15 @@ def test_a_checkpoint_is_kept_until_the_end(tmp_path):
     assert place.read_text() == "kept"
 
 
+def test_a_stop_before_anything_was_measured_says_nothing_of_it(tmp_path):
+    def stopped():
+        with keeping(tmp_path / "out.json"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt, match="^$"):
+        stopped()
+
+
 def test_numbers_and_cells():
     assert numbers("layers", "3,0-2, 2", 0, 5) == [0, 1, 2, 3]
     for wrong in ("", "a", "1,,2", "1-2-3", "-1", "6", "2-1", "0-9", "²"):
