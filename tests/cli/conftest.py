@@ -26,11 +26,20 @@ def tokenizer():
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    place = tmp_path_factory.mktemp("models") / "tiny"
-    tiny_models.build(max_position_embeddings=4096).save_pretrained(place)
-    tokenizer().save_pretrained(place)
-    return place
+def save():
+    """Write a model and its tokenizer into a folder."""
+
+    def write(place, **changes):
+        tiny_models.build(max_position_embeddings=4096, **changes).save_pretrained(place)
+        tokenizer().save_pretrained(place)
+        return place
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def folder(save, tmp_path_factory):
+    return save(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="session")

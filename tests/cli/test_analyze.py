@@ -105,6 +105,7 @@ def test_a_report_of_all_heads(run, folder, text):
     assert len(head["lags"]) == len(head["lag_weights"])
     (line,) = content["charts"][0]["lines"]
     assert len(line["labels"]) == len(default_ladder(128))
+    assert [line["name"] for line in content["charts"][1]["lines"]] == ["layer 0", "layer 1"]
     assert content["provenance"]["model"] == "tiny"
     assert content["provenance"]["sources"][0]["name"] == "random.txt"
     assert content["provenance"]["sources"][0]["tokens"] == 128
@@ -134,6 +135,13 @@ def test_every_option_changes_the_result(run, folder, text, tmp_path):
     assert strict == ["exact: none is good enough"] * 4
     prose = run("analyze", folder, "--length", 128, "--layers", "1")
     assert prose["provenance"]["sources"][0]["name"] == "prose of the standard library"
+
+
+def test_three_layers_are_seen_from_near(run, save, tmp_path):
+    content = run("analyze", save(tmp_path / "deep", num_hidden_layers=5), "--length", 64)
+    assert [row.count(None) for row in by_title(content, "suits")] == [0] * 5
+    assert sorted({head["layer"] for head in content["heads"]}) == [0, 2, 4]
+    assert len(content["charts"][1]["lines"]) == 3
 
 
 def test_a_page_is_asked_for(run, folder, text, tmp_path, pages):

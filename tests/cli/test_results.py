@@ -200,7 +200,7 @@ def test_a_stop_before_anything_was_measured_says_nothing_of_it(tmp_path):
         with keeping(tmp_path / "out.json"):
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt, match="^$"):
+    with pytest.raises(KeyboardInterrupt, match=r"^$"):
         stopped()
 
 

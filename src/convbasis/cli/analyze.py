@@ -211,7 +211,7 @@ def _settings_chart(
 
 def _lag_chart(profiles: dict[int, LayerProfile], n: int) -> Chart:
     lags = tuple(lag_bands(n))
-    # A logarithmic axis begins after lag 0.
+    # A logarithmic axis begins after lag 0. Of all layers there would be too many lines.
     return Chart(
         title="Attention by lag, median over a layer's heads",
         x_title="lag, tokens",
@@ -226,6 +226,7 @@ def _lag_chart(profiles: dict[int, LayerProfile], n: int) -> Chart:
                 ),
             )
             for layer, own in profiles.items()
+            if own.seen
         ),
         x_log=True,
         y_log=True,
