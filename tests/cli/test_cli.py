@@ -84,9 +84,8 @@ def test_demo_end_to_end(tmp_path, monkeypatch, loaded):
     monkeypatch.setenv("CONVBASIS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("convbasis.cli.demo._PLANTED_LENGTHS", (256, 512))
     for _ in range(2):  # the second time captures come from the cache
-        result = runner.invoke(
-            app, ["demo", "--length", "128", "--layers", "3,14", "--output", str(tmp_path / "out")]
-        )
+        words = ["demo", "--length", "128", "--layers", "3,14", "--output", str(tmp_path / "out")]
+        result = runner.invoke(app, [*words, "--json", str(tmp_path / "result.json")])
         assert result.exit_code == 0, result.output
     assert len(loaded) == 1
     assert "Attention: conv basis against exact softmax" in result.output
@@ -94,6 +93,9 @@ def test_demo_end_to_end(tmp_path, monkeypatch, loaded):
     width, height = png_size(tmp_path / "out" / "attention.png")
     assert width > 1000
     assert height > 500
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert [len(table["rows"]) for table in result["tables"]] == [2 + 4 * 2, 2]
+    assert len(result["charts"][0]["lines"]) == 3
     content = json.loads((tmp_path / "out" / "results.json").read_text())
     rows = {(row["input"], row["segments"], row["k"]): row for row in content["attention"]}
     assert len(content["attention"]) == 2 + 4 * 2

@@ -106,3 +106,9 @@ def test_a_stopped_calibration_goes_on(model, ids, tmp_path):
 def test_bad_input_is_refused(model, texts, options, message):
     with pytest.raises(cb.InputError, match=message):
         cb.calibrate(model, texts, **options)
+
+
+def test_a_layer_that_does_not_attend_through_the_interface(model, ids, monkeypatch):
+    monkeypatch.setattr("convbasis.integrations.calibrate.observe_layers", lambda *_: None)
+    with pytest.raises(cb.InputError, match="layer 0 of the model does not attend through"):
+        cb.calibrate(model, ids)

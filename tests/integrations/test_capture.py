@@ -4,6 +4,7 @@ import math
 
 import pytest
 import reference
+import tiny_models
 import torch
 from comparison import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -229,3 +230,11 @@ def test_real_heads_equal_their_evaluation_in_float64(layer, options, backend):
     difference = torch.linalg.vector_norm(stats.output.double() - exact, dim=-1)
     assert (difference / torch.linalg.vector_norm(exact, dim=-1)).max() <= 1e-4
     assert (stats.lse.double() - lse).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize(("family", "what"), [("gemma2", "soft-capped"), ("gpt_oss", "attention-sink")])
+def test_attention_that_is_more_than_softmax_is_refused(family, what):
+    model = tiny_models.build(family)
+    with pytest.raises(cb.InputError, match=f"{what}.*; only plain softmax attention can be captured"):
+        capture_layers(model, tiny_models.ids(), [0])
+    assert model.config._attn_implementation == "eager"

@@ -10,20 +10,24 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import Progress
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..attention import conv_basis_attention, conv_basis_attention_stats
 from ..decompose import decompose
-from ..errors import InputError
 from ..integrations.capture import CapturedLayer, cached_layers
-from ..integrations.smollm2 import NAME, load_smollm2, load_tokenizer, sample_text, token_ids
+from ..integrations.smollm2 import NAME, load_smollm2, load_tokenizer, token_ids
+from ..integrations.texts import read_text
 from ..planted import PlantedQK, planted_qk
 from ..recover import recover
+from ..report.content import Chart, Line, Report, Table
 from ..report.figures import Curve, Triple, attention_figure, require_matplotlib
 from ..report.timing import interleaved_medians
+from ..storage import save_text
+from .progress import bars
+from .results import check_outputs, deliver, provenance, rounded
+from .words import numbers
 
 _PLANTED_LENGTHS = (2048, 16_384)
 _PLANTED_BASES = 16
@@ -49,34 +53,31 @@ class Row(NamedTuple):
 
 
 def run_demo(
-    output: Path, length: int, text: Path | None, layers: str, seed: int, console: Console
+    output: Path,
+    length: int,
+    text: Path | None,
+    layers: str,
+    seed: int,
+    json_output: Path | None,
+    console: Console,
 ) -> None:
     """Run the demo, print its tables, and write attention.png and results.json to `output`."""
-    try:
-        chosen = [int(part) for part in layers.split(",")]
-    except ValueError:
-        raise InputError(f"layers={layers!r}: give numbers separated by commas, as 2,15,28") from None
+    chosen = numbers("layers", layers, 0, _LAYERS - 1)
+    check_outputs(json_output)
     require_matplotlib()
     output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
-    columns = (
-        TextColumn("{task.description:<34}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress, torch.no_grad():
+    with bars() as progress, torch.no_grad():
         captured = _capture(length, text, chosen, progress)
         ranks = _decompose_heads(captured, progress)
         rows, planted = _attend_planted(seed, progress)
         rows += _attend_real(captured, length, progress)
         curves = _curves(captured, planted, length, progress)
         triples = _pictures(captured, seed, progress)
-    _print(console, rows, ranks, length)
     picture = output / "attention.png"
     attention_figure(triples, curves, picture)
     _write_json(output / "results.json", rows, ranks, curves)
+    deliver(_report(rows, ranks, curves), console, json_output, None)
     console.print(f"Picture: {picture}   Figures: {output / 'results.json'}", markup=False)
 
 
@@ -89,7 +90,8 @@ def _capture(
     length: int, text: Path | None, layers: list[int], progress: Progress
 ) -> dict[int, CapturedLayer]:
     advance = _track(progress, f"tokens of {NAME}", 1)
-    ids = token_ids(load_tokenizer(), sample_text(text), length)
+    _, content = read_text(text)
+    ids = token_ids(load_tokenizer(), content, length)
     advance()
     # One step for loading the model, one for each layer; none of them where captures are kept.
     task = progress.add_task(f"capturing heads, {length} tokens", total=_LAYERS + 1)
@@ -244,35 +246,47 @@ def _triple(title: str, query: Tensor, key: Tensor, scale: float, num_bases: int
     return Triple(f"{title}, k = {num_bases}", exact, approximate)
 
 
-def _print(
-    console: Console, rows: list[Row], ranks: dict[int, dict[float, float]], length: int
-) -> None:
-    table = Table(title="Attention: conv basis against exact softmax")
-    for name in ("input", "segments", "n", "k", "heads", "error, median", "error, worst", "speed"):
-        table.add_column(name, justify="left" if name in ("input", "segments") else "right")
-    for row in rows:
-        table.add_row(
-            row.input, row.segments, f"{row.n:,}", str(row.k), str(row.heads),
-            f"{row.median_error:.2g}", f"{row.worst_error:.2g}", f"{row.speed_against_sdpa:.2f}x",
-        )  # fmt: skip
-    console.print(table)
-    console.print(
-        "error: |ours - exact| / |exact| of a head's output (1 = as large as the output itself); "
-        "speed: time of SDPA / time of ours, search included, medians of interleaved runs."
-    )
-    table = Table(
-        title=f"Decomposition: median k of the heads' logits, first {_DECOMPOSED_TOKENS} tokens"
-    )
-    table.add_column("layer", justify="right")
-    for tolerance in _TOLERANCES:
-        table.add_column("exact" if tolerance == 0 else f"within {tolerance:g} nats", justify="right")
-    for number, found in ranks.items():
-        table.add_row(str(number), *(f"{found[t]:g}" for t in _TOLERANCES))
-    console.print(table)
-    console.print(
-        "On planted logits the conv basis is exact. On real heads the plain algorithm fails: their "
-        "logits are no sum of few convolutions, and an error near or above 1 means that it must not be "
-        "used there as it stands."
+def _report(rows: list[Row], ranks: dict[int, dict[float, float]], curves: list[Curve]) -> Report:
+    names = ("exact" if tolerance == 0 else f"within {tolerance:g} nats" for tolerance in _TOLERANCES)
+    return Report(
+        title=f"Planted input and heads of {NAME}",
+        provenance=provenance(model=NAME),
+        charts=(
+            Chart(
+                title="Error against k",
+                x_title="number of bases k",
+                y_title="relative error of the output, median over heads",
+                lines=tuple(
+                    Line(curve.label, tuple(map(float, curve.k)), tuple(map(rounded, curve.error)))
+                    for curve in curves
+                ),
+                x_log=True,
+                y_log=True,
+                level=(1.0, "as large as the output"),
+            ),
+        ),
+        tables=(
+            Table(
+                "Attention: conv basis against exact softmax",
+                ("input", "segments", "n", "k", "heads", "error, median", "error, worst", "speed"),
+                tuple((*row[:5], *(rounded(figure, 3) for figure in row[5:])) for row in rows),
+            ),
+            Table(
+                f"Decomposition: median k of the heads' logits, first {_DECOMPOSED_TOKENS} tokens",
+                ("layer", *names),
+                tuple(
+                    (number, *(found[tolerance] for tolerance in _TOLERANCES))
+                    for number, found in ranks.items()
+                ),
+            ),
+        ),
+        notes=(
+            "error: |ours - exact| / |exact| of a head's output (1 = as large as the output itself); "
+            "speed: time of SDPA / time of ours, search included, medians of interleaved runs.",
+            "On planted logits the conv basis is exact. On real heads the plain algorithm fails: "
+            "their logits are no sum of few convolutions, and an error near or above 1 means that it "
+            "must not be used there as it stands.",
+        ),
     )
 
 
@@ -287,6 +301,4 @@ def _write_json(
         "decomposition": {str(k): {str(t): v for t, v in r.items()} for k, r in ranks.items()},
         "curves": [curve._asdict() for curve in curves],
     }
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+    save_text(path, json.dumps(content, indent=1) + "\n")

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import Progress
-from rich.table import Table
 
 from ..convolve.rates import Rates
 from ..errors import InputError
+from ..report.content import Report, Table
 from ..tune import LENGTHS, tune
+from .progress import one_bar
+from .results import check_outputs, deliver, provenance, rounded
 
 
 def run_tune(
@@ -21,9 +21,11 @@ def run_tune(
     threads: int | None,
     repeats: int,
     longest: int,
+    json_output: Path | None,
     console: Console,
 ) -> None:
     """Measure, fit, write the file and print a table."""
+    check_outputs(json_output)
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -32,23 +34,28 @@ def run_tune(
     lengths = tuple(n for n in LENGTHS if n <= longest)
     try:
         torch.set_num_threads(threads or before)
-        with Progress(console=console, transient=True) as progress:
-            task = progress.add_task("measuring", total=1.0)
+        with one_bar("measuring", 100) as step:
             done = tune(
                 device=device,
                 path=output,
                 lengths=lengths,
                 repeats=repeats,
-                progress=lambda part: progress.update(task, completed=part),
+                progress=lambda part: step(round(100 * part), 100),
             )
+        where = provenance()
     finally:
         torch.set_num_threads(before)
-    table = Table("amount", "seconds per unit", title=f"{len(done.measurements)} measurements")
-    for name, rate in zip(Rates._fields, done.rates, strict=True):
-        table.add_row(name, f"{rate:.2e}")
-    console.print(table)
-    console.print(
-        f"typical error of the model {done.typical_error:.0%}; its choices take "
-        f"{done.loss - 1:.1%} longer than the best (geometric mean; worst {done.worst_loss - 1:.0%})"
+    rows = zip(Rates._fields, (f"{rate:.2e}" for rate in done.rates), strict=True)
+    report = Report(
+        title="Rates of this machine",
+        provenance=where,
+        summary=(
+            ("measurements", len(done.measurements)),
+            ("typical error of the model", f"{done.typical_error:.0%}"),
+            ("time of its choices over the best, geometric mean", rounded(done.loss)),
+            ("the same, worst", rounded(done.worst_loss)),
+        ),
+        tables=(Table("Rates", ("amount", "seconds per unit"), tuple(rows)),),
+        notes=(f"written to {done.path}",),
     )
-    console.print(f"written to {escape(str(done.path))}")
+    deliver(report, console, json_output, None)

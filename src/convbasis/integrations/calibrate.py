@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,14 +12,12 @@ from typing import Any
 from torch import Tensor
 
 from ..checks import check_nonnegative, describe
-from ..errors import FileFormatError, InputError
+from ..errors import InputError
 from ..plan import HeadSetting, ModelShape, Plan
 from ..plan.choice import choose
 from ..plan.ladder import Measured, crossover, default_ladder, measure
-from ..storage import save_text
 from .capture import CapturedLayer, observe_layers
-
-_FORMAT = "convbasis.calibration"
+from .checkpoint import Checkpoint
 
 
 def calibrate(
@@ -80,7 +77,17 @@ def calibrate(
     if not steps:
         raise InputError("ladder is empty; give at least one HeadSetting")
     digest = hashlib.sha256(b"".join(repr(text.tolist()).encode() for text in texts)).hexdigest()
-    kept = _Checkpoint(None if checkpoint is None else Path(checkpoint), (shape, digest, steps, seed))
+    kept = Checkpoint(
+        None if checkpoint is None else Path(checkpoint),
+        "calibration",
+        {
+            "model": dataclasses.asdict(shape),
+            "texts_sha256": digest,
+            "ladder": [dataclasses.asdict(step) for step in steps],
+            "seed": seed,
+        },
+        "model, texts, ladder or seed",
+    )
     total = len(texts) * shape.layers
     example: list[CapturedLayer] = []
     for index, text in enumerate(texts):
@@ -88,19 +95,28 @@ def calibrate(
         def observe(layer: int, given: CapturedLayer, index: int = index) -> None:
             if layer == shape.layers // 2 and not example:
                 example.append(_copy(given))
-            if not kept.has(index, layer):
-                kept.add(index, layer, measure(*given, steps, seed))
+            if f"{index}.{layer}" not in kept:
+                kept.add(f"{index}.{layer}", measure(*given, steps, seed)._asdict())
             if progress is not None:
-                progress(kept.count, total)
+                progress(len(kept), total)
 
         observe_layers(model, text, observe)
     layers = range(shape.layers)
-    measured = [[kept.get(index, layer) for layer in layers] for index in range(len(texts))]
+    measured = [[_measured(kept, index, layer) for layer in layers] for index in range(len(texts))]
     heads = choose(measured, steps, margin * tolerance)
     usual = Counter(head.setting for layer in heads for head in layer if head.setting is not None)
     given = example[0]
     shortest = n if not usual else crossover(*given, usual.most_common(1)[0][0])
     return Plan(shape, digest, float(tolerance), n, shortest, heads)
+
+
+def _measured(kept: Checkpoint, text: int, layer: int) -> Measured:
+    if f"{text}.{layer}" not in kept:
+        raise InputError(
+            f"layer {layer} of the model does not attend through the attention interface of "
+            "transformers"
+        )
+    return Measured(**kept[f"{text}.{layer}"])
 
 
 def _copy(given: CapturedLayer) -> CapturedLayer:
@@ -122,58 +138,3 @@ def _texts(token_ids: Tensor | Sequence[Tensor]) -> list[Tensor]:
             "are wanted"
         )
     return texts
-
-
-class _Checkpoint:
-    """What is measured so far, in memory and, if a path is given, in a file."""
-
-    def __init__(self, path: Path | None, identity: tuple[object, ...]) -> None:
-        self._path = path
-        shape, digest, steps, seed = identity
-        self._identity = json.loads(
-            json.dumps(
-                {
-                    "format": _FORMAT,
-                    "model": dataclasses.asdict(shape),  # type: ignore[call-overload]
-                    "texts_sha256": digest,
-                    "ladder": [dataclasses.asdict(step) for step in steps],  # type: ignore[attr-defined]
-                    "seed": seed,
-                }
-            )
-        )
-        self._measured: dict[str, Any] = {}
-        if path is not None and path.exists():
-            self._read(path)
-
-    def _read(self, path: Path) -> None:
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            measured = content.pop("measured")
-        except (ValueError, KeyError, AttributeError) as error:
-            raise FileFormatError(f"{str(path)!r} is no calibration checkpoint: {error}") from error
-        if content != self._identity:
-            raise FileFormatError(
-                f"{str(path)!r} is of another calibration: model, texts, ladder or seed differ; name "
-                "another file, or remove this one"
-            )
-        self._measured = measured
-
-    @property
-    def count(self) -> int:
-        return len(self._measured)
-
-    def has(self, text: int, layer: int) -> bool:
-        return f"{text}.{layer}" in self._measured
-
-    def get(self, text: int, layer: int) -> Measured:
-        if not self.has(text, layer):
-            raise InputError(
-                f"layer {layer} of the model does not attend through the attention interface of "
-                "transformers"
-            )
-        return Measured(**self._measured[f"{text}.{layer}"])
-
-    def add(self, text: int, layer: int, measured: Measured) -> None:
-        self._measured[f"{text}.{layer}"] = measured._asdict()
-        if self._path is not None:
-            save_text(self._path, json.dumps({**self._identity, "measured": self._measured}) + "\n")

@@ -58,7 +58,8 @@ def observe_layers(
         position_ids: ``(1, n)``; 0..n-1 by default.
 
     Raises:
-        InputError: input_ids is not one sequence.
+        InputError: input_ids is not one sequence, or the model's attention is more than softmax, as
+            with soft-capped logits.
         MissingExtraError: transformers is not installed.
     """
     try:
@@ -67,12 +68,19 @@ def observe_layers(
         from transformers.masking_utils import sdpa_mask
     except ImportError as error:
         raise MissingExtraError("capturing attention", "hf", error) from error
+    from .exact import beyond_sdpa
+
     if input_ids.ndim != 2 or input_ids.shape[0] != 1:
         raise InputError(f"input_ids has shape {tuple(input_ids.shape)}; one sequence (1, n) is wanted")
 
     def attention(
         module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
     ) -> tuple[Tensor, Tensor | None]:
+        if (wanted := beyond_sdpa(module, options)) is not None:
+            raise InputError(
+                f"{type(module).__name__} asks for {wanted}; only plain softmax attention can be "
+                "captured"
+            )
         found = _observer.get()
         if found is not None:
             scaling = options.get("scaling")

@@ -1,0 +1,184 @@
+"""convbasis calibrate: the plan, every option, and going on after Ctrl-C and after a kill."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+import convbasis as cb
+from convbasis.cli.app import app
+from convbasis.cli.interruption import checkpoint_of
+
+pytestmark = pytest.mark.usefixtures("steady")
+
+
+@pytest.fixture
+def words(folder, text, tmp_path):
+    return ["calibrate", folder, "--text", text, "--length", 512, "-o", tmp_path / "plan.json"]
+
+
+def heads(plan):
+    return [head for layer in plan.heads for head in layer]
+
+
+def test_a_plan_is_written_and_told(run, words, tmp_path):
+    content = run(*words, "--tolerance", 0.9)
+    plan = cb.Plan.load(tmp_path / "plan.json")
+    assert plan.approximated == 8
+    assert dict(content["summary"])["heads approximated"] == "8 of 8"
+    assert [head.error for head in plan.heads[0]] == pytest.approx(
+        content["maps"][1]["values"][0], 1e-4
+    )
+    assert content["maps"][2]["values"] == [[0.5] * 4] * 2
+    assert any(str(tmp_path / "plan.json") in note for note in content["notes"])
+    assert list(tmp_path.iterdir()) == [tmp_path / "plan.json"]
+
+
+def test_every_option_changes_the_plan(run, words, tmp_path, text):
+    def plan(*options):
+        run(*words, *options)
+        return cb.Plan.load(tmp_path / "plan.json")
+
+    base = plan("--tolerance", 0.9)
+    assert base == plan("--tolerance", 0.9)
+    assert plan("--tolerance", 1e-9).approximated == 0
+    worst = max(head.error for head in heads(base))
+    assert plan("--tolerance", 1.0001 * worst, "--margin", 1).approximated == 8
+    small = plan("--tolerance", 1.0001 * worst, "--margin", 0.01)
+    assert max(head.error for head in heads(small)) <= 0.01 * small.tolerance < worst
+    assert plan("--tolerance", 0.9, "--length", 300).calibrated_length == 300
+    errors = [head.error for head in heads(plan("--tolerance", 0.9, "--seed", 5))]
+    assert errors != [head.error for head in heads(base)]
+    other = tmp_path / "other.txt"
+    other.write_text(text.read_text()[700:])
+    both = plan("--tolerance", 0.9, "--text", other)
+    assert both.texts_sha256 != base.texts_sha256
+    moved = tmp_path / "moved.json"
+    assert run(*words, "--output", moved)["title"] == "Plan for tiny"
+    assert moved.is_file()
+
+
+def test_without_a_text_it_is_the_prose(run, folder, tmp_path):
+    content = run("calibrate", folder, "--length", 64, "-o", tmp_path / "p")
+    assert content["provenance"]["sources"][0]["name"] == "prose of the standard library"
+
+
+def test_a_page_is_asked_for(run, words, tmp_path, pages):
+    run(*words, "--report", tmp_path / "r.html")
+    assert [place for _, place in pages] == [tmp_path / "r.html"]
+
+
+def test_after_ctrl_c_it_goes_on_and_gives_the_same_bytes(run, fail, words, tmp_path, monkeypatch):
+    run(*words)
+    plan = tmp_path / "plan.json"
+    whole = plan.read_bytes()
+    plan.unlink()
+    real = cb.integrations.calibrate.measure
+    calls = []
+
+    def stop(*inputs):
+        calls.append(inputs)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*inputs)
+
+    monkeypatch.setattr("convbasis.integrations.calibrate.measure", stop)
+    line = fail(*words, code=130)
+    assert str(checkpoint_of(plan)) in line
+    assert list(json.loads(checkpoint_of(plan).read_text())["measured"]) == ["0.0"]
+    assert not plan.exists()
+    run(*words)
+    assert len(calls) == 3  # the first layer was not measured again
+    assert plan.read_bytes() == whole
+    assert list(tmp_path.iterdir()) == [plan]
+
+
+KILLED = """
+import os, signal, sys
+import convbasis.plan.ladder as ladder
+import convbasis.integrations.calibrate as calibrate
+from convbasis.cli.app import app
+
+ladder._timed = lambda run, *i, **o: (run(*i, **o), 2.0 if o.get("is_causal") else 1.0)
+real, calls = calibrate.measure, []
+
+def measure(*inputs):
+    calls.append(inputs)
+    if len(calls) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*inputs)
+
+calibrate.measure = measure
+app(sys.argv[1:])
+"""
+
+
+def test_after_a_kill_it_goes_on_and_gives_the_same_bytes(run, words, tmp_path):
+    run(*words)
+    plan = tmp_path / "plan.json"
+    whole = plan.read_bytes()
+    plan.unlink()
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", KILLED, *map(str, words)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert list(json.loads(checkpoint_of(plan).read_text())["measured"]) == ["0.0"]
+    run(*words)
+    assert plan.read_bytes() == whole
+    assert list(tmp_path.iterdir()) == [plan]
+
+
+def test_another_runs_checkpoint_is_refused_and_kept(fail, words, tmp_path):
+    place = checkpoint_of(tmp_path / "plan.json")
+    place.write_text("{}")
+    assert "no calibration checkpoint" in fail(*words)
+    content = {"format": "convbasis.calibration", "seed": 3, "measured": {}}
+    place.write_text(json.dumps(content))
+    assert "is of another calibration" in fail(*words)
+    assert place.is_file()
+
+
+def test_a_disk_that_fills_up_keeps_what_was_measured(fail, words, tmp_path, monkeypatch):
+    from convbasis import storage
+
+    real, written = storage.write_beside, []
+
+    def full(path, write):
+        written.append(path)
+        if len(written) == 2:
+            raise OSError(28, "No space left on device")
+        real(path, write)
+
+    monkeypatch.setattr("convbasis.storage.write_beside", full)
+    assert fail(*words, code=3) == "error: No space left on device"
+    kept = checkpoint_of(tmp_path / "plan.json")
+    assert list(json.loads(kept.read_text())["measured"]) == ["0.0"]
+    assert list(tmp_path.iterdir()) == [kept]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tolerance", "0"], "tolerance=0 allows no approximation"),
+        (["--tolerance", "nan"], "tolerance=nan"),
+        (["--margin", "2"], "margin=2.0 is not in"),
+        (["--length", "1501"], "random.txt: the text has 1500 tokens; 1501 are wanted"),
+        (["--length", "5000"], "5000 tokens are more than the 4096 positions"),
+        (["--text", "/no/such/file"], "there is no file '/no/such/file'"),
+    ],
+)
+def test_input_that_cannot_be_used(fail, words, tmp_path, options, message):
+    assert message in fail(*words, *options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_its_own_kind_is_named_in_one_line(words, tmp_path, folder, fail):
+    copy = shutil.copytree(folder, tmp_path / "m")
+    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
+    assert "can run code when it is read" in fail("calibrate", copy, "-o", tmp_path / "p")
+    assert CliRunner().invoke(app, ["calibrate", str(folder)]).exit_code == 2
