@@ -166,8 +166,8 @@ def hybrid_attention(
 
     Row i sees the keys first[i]..i; before those the columns, and the blocks of 64 keys chosen for its
     block of `size` rows. Of the far keys, which are the others before first[i], it sees nothing; or,
-    where span is given, the mean key and value of each segment of so many blocks, which count for its far
-    keys; or each with the logit that factors ``(n, n)`` state.
+    where span is given, the mean key and value of each segment of so many blocks, which count for its
+    far keys; or each with the logit that factors ``(n, n)`` state.
 
     Weights ``(n,)`` are those of the means, which leave out the columns alone; corrections are added to
     the logits of whole segments. Blocks before first[i] that fill no segment count each for itself.

@@ -59,7 +59,7 @@ def hybrid_attention(query, key, value, scale=None, **options):
 
 
 def corrected(output, exact, first, seed):
-    """Output of one head with the mean difference to exact rows, linear between the middles of blocks."""
+    """Output of one head with the mean difference to exact rows, linear between middles of blocks."""
     n = len(output)
     exact = exact.to(output.dtype)
     begin = int((first > 0).int().argmax()) if bool(first[-1] > 0) else n

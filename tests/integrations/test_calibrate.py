@@ -36,16 +36,15 @@ def ids():
 
 
 def test_a_plan_states_every_head_and_holds_to_the_tolerance(model, ids, monkeypatch):
-    monkeypatch.setattr("convbasis.plan.ladder._timed", lambda run, *a, **o: (run(*a, **o), 1e-3))
-    monkeypatch.setattr("convbasis.integrations.calibrate.crossover", lambda *_: 512)
+    monkeypatch.setattr("convbasis.plan.ladder._seconds", lambda *_, **__: 1e-3)
     before = model.config._attn_implementation
     # Exact attention and every setting take the same time here: nothing is cheaper.
     assert cb.calibrate(model, ids, tolerance=10.0, ladder=LADDER).approximated == 0
 
-    def timed(run, *inputs, **options):
-        return run(*inputs, **options), 2.0 if options.get("is_causal") else 1.0
+    def seconds(run, query, *inputs, **options):
+        return 2.0 if options.get("is_causal") and query.shape[2] > 512 else 1.0
 
-    monkeypatch.setattr("convbasis.plan.ladder._timed", timed)
+    monkeypatch.setattr("convbasis.plan.ladder._seconds", seconds)
     loose = cb.calibrate(model, ids, tolerance=10.0, ladder=LADDER)
     assert loose.approximated == 12
     assert (loose.calibrated_length, loose.min_length, loose.tolerance) == (600, 512, 10.0)

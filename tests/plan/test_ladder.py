@@ -7,54 +7,48 @@ import torch
 
 from convbasis.plan import HeadSetting
 from convbasis.plan.choice import choose
-from convbasis.plan.ladder import Measured, crossover, default_ladder, measure
+from convbasis.plan.ladder import Measured, default_ladder, measure, measure_costs
 
 LADDER = (HeadSetting(window=64), HeadSetting(window=128), HeadSetting(window=256))
 
 
-def measured(bounds: list[list[float]], costs: list[float]) -> Measured:
-    return Measured(bounds, bounds, costs)
+def measured(*bounds: list[float]) -> Measured:
+    return Measured(list(bounds), list(bounds))
 
 
 def test_the_cheapest_good_enough_setting_is_taken():
-    layer = measured([[0.2, 0.05], [0.08, 0.04], [0.01, 0.01]], [0.2, 0.4, 0.6])
-    (heads,) = choose([[layer]], LADDER, 0.1)
+    layer = measured([0.2, 0.05], [0.08, 0.04], [0.01, 0.01])
+    (heads,) = choose([[layer]], [0.2, 0.4, 0.6], LADDER, 0.1)
     assert [head.setting for head in heads] == [LADDER[1], LADDER[0]]
     assert [head.error for head in heads] == pytest.approx([0.08, 0.05])
     assert [head.cost for head in heads] == [0.4, 0.2]
 
 
 def test_costs_order_the_ladder_not_its_places():
-    layer = measured([[0.05], [0.05], [0.05]], [0.5, 0.3, 0.4])
-    ((head,),) = choose([[layer]], LADDER, 0.1)
+    layer = measured([0.05], [0.05], [0.05])
+    ((head,),) = choose([[layer]], [0.5, 0.3, 0.4], LADDER, 0.1)
     assert head.setting == LADDER[1]
 
 
 def test_a_head_is_exact_where_nothing_is_good_enough_or_cheaper():
-    layer = measured([[0.5, 0.01], [0.5, 0.5], [0.5, 0.5]], [1.1, 0.3, 0.4])
-    (heads,) = choose([[layer]], LADDER, 0.1)
+    layer = measured([0.5, 0.01], [0.5, 0.5], [0.5, 0.5])
+    (heads,) = choose([[layer]], [1.1, 0.3, 0.4], LADDER, 0.1)
     assert [head.setting for head in heads] == [None, None]
     assert heads[0].cost == 1.0
 
 
 def test_every_text_counts():
-    one = measured([[0.05], [0.05], [0.05]], [0.2, 0.3, 0.4])
-    other = measured([[0.5], [0.05], [0.05]], [0.2, 0.3, 0.4])
-    ((head,),) = choose([[one], [other]], LADDER, 0.1)
+    one = measured([0.05], [0.05], [0.05])
+    other = measured([0.5], [0.05], [0.05])
+    ((head,),) = choose([[one], [other]], [0.2, 0.3, 0.4], LADDER, 0.1)
     assert head.setting == LADDER[1]
-
-
-def test_cost_is_the_median_over_layers_and_texts():
-    layers = [measured([[0.01]] * 3, [cost, 0.5, 0.6]) for cost in (0.1, 9.0, 0.2)]
-    heads = choose([layers], LADDER, 0.1)
-    assert [layer[0].cost for layer in heads] == [0.2, 0.2, 0.2]
 
 
 def test_measuring_a_ladder_finds_errors_and_their_bounds():
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, heads, 700, 16, generator=generator) for heads in (4, 2, 2))
     found = measure(query, key, value, 0.25, (*LADDER[:2], HeadSetting(window=700)), seed=0)
-    assert len(found.bounds) == len(found.errors) == len(found.costs) == 3
+    assert len(found.bounds) == len(found.errors) == 3
     assert found.bounds[2] == [0.0] * 4
     assert max(found.errors[2]) < 1e-5
     assert min(found.errors[0]) > 0.05  # random keys are missed
@@ -64,12 +58,34 @@ def test_measuring_a_ladder_finds_errors_and_their_bounds():
         for bound, error in zip(own, true, strict=True)
         if error > 1e-5
     )
-    assert min(found.costs) > 0
 
 
-def test_the_crossover_is_a_length_that_was_measured():
+def test_costs_are_ratios_of_the_least_times_and_give_the_crossover(monkeypatch):
+    """At 512 and 1,024 tokens the second setting does not pay; the noise of one turn is left out."""
+    turns = []
+
+    def seconds(run, query, *rest, **options):
+        n = query.shape[2]
+        turns.append(n)
+        noise = 10.0 if len(turns) % 7 == 0 else 0.0
+        if options.get("is_causal"):
+            return n / 1000 + noise
+        return (0.25 if rest[2].window == 64 else 1024 / 1000 if n < 1200 else 0.6) + noise
+
+    monkeypatch.setattr("convbasis.plan.ladder._seconds", seconds)
     query, key, value = (torch.randn(1, 2, 1200, 16) for _ in range(3))
-    assert crossover(query, key, value, 0.25, HeadSetting(window=64)) in (0, 512, 1024)
+    found = measure_costs(query, key, value, 0.25, LADDER[:2])
+    assert found.costs == pytest.approx([0.25 / 1.2, 0.6 / 1.2])
+    assert found.shortest == [0, 1024]
+    assert sorted(set(turns)) == [512, 1024, 1200]
+
+
+def test_costs_of_real_runs_are_positive():
+    query, key, value = (torch.randn(1, 2, 700, 16) for _ in range(3))
+    found = measure_costs(query, key, value, 0.25, LADDER)
+    assert len(found.costs) == len(found.shortest) == 3
+    assert min(found.costs) > 0.0
+    assert set(found.shortest) <= {0, 512}
 
 
 def test_the_ladder_has_whole_sizes_at_every_length():

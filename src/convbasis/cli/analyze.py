@@ -143,8 +143,9 @@ def analysis_report(
 def _suits(
     profiles: dict[int, LayerProfile], ladder: Sequence[HeadSetting], n: int, tolerance: float
 ) -> dict[int, list[str]]:
-    measured = [Measured(own.bounds, own.errors, own.costs) for own in profiles.values()]
-    planned = choose([measured], ladder, tolerance)
+    measured = [Measured(own.bounds, own.errors) for own in profiles.values()]
+    costs = next(iter(profiles.values())).costs
+    planned = choose([measured], costs, ladder, tolerance)
     found = {}
     for (layer, own), heads in zip(profiles.items(), planned, strict=True):
         found[layer] = [

@@ -281,6 +281,6 @@ def report(
     ],
 ) -> None:
     """Make an HTML page of a result kept as JSON."""
-    from .report import run_report  # type: ignore[import-not-found, unused-ignore]
+    from .report import run_report
 
     run_report(source, output, screen(None))

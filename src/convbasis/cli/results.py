@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import hashlib
 import importlib.metadata
 import importlib.util
-import json
 import math
 import os
 import platform
@@ -25,16 +23,11 @@ from torch import Tensor
 from .. import __version__
 from ..errors import InputError, MissingExtraError, MissingPathError
 from ..report.content import Cell, Provenance, Report, Source, Table
+from ..report.file import report_json
 from ..storage import save_text
 
 STANDARD_OUTPUT = Path("-")
 _TOOK_PART = ("transformers", "safetensors", "tokenizers", "gguf", "numpy", "matplotlib")
-
-
-def report_json(report: Report) -> str:
-    """Return a report as strict JSON."""
-    content = {"format": "convbasis.report", "version": 1, **dataclasses.asdict(report)}
-    return json.dumps(content, allow_nan=False) + "\n"
 
 
 def screen(json_output: Path | None) -> Console:
@@ -120,7 +113,7 @@ def deliver(report: Report, console: Console, json_output: Path | None, page: Pa
 
 def write_page(report: Report, page: Path) -> None:
     """Write a report as a page."""
-    from ..report.html import write_report  # type: ignore[import-not-found, unused-ignore]
+    from ..report.html import write_report
 
     write_report(report, page)
 

@@ -15,9 +15,11 @@ from ..checks import check_nonnegative, describe
 from ..errors import InputError
 from ..plan import HeadSetting, ModelShape, Plan
 from ..plan.choice import choose
-from ..plan.ladder import Measured, crossover, default_ladder, measure
+from ..plan.ladder import Costs, Measured, default_ladder, measure, measure_costs
 from .capture import CapturedLayer, observe_layers
 from .checkpoint import Checkpoint
+
+_COSTS = "costs"
 
 
 def calibrate(
@@ -89,24 +91,24 @@ def calibrate(
         "model, texts, ladder or seed",
     )
     total = len(texts) * shape.layers
-    example: list[CapturedLayer] = []
     for index, text in enumerate(texts):
 
         def observe(layer: int, given: CapturedLayer, index: int = index) -> None:
-            if layer == shape.layers // 2 and not example:
-                example.append(_copy(given))
+            # Times first: a run that was stopped later goes on with the same, to the same plan.
+            if _COSTS not in kept:
+                kept.add(_COSTS, measure_costs(*given, steps)._asdict())
             if f"{index}.{layer}" not in kept:
                 kept.add(f"{index}.{layer}", measure(*given, steps, seed)._asdict())
             if progress is not None:
-                progress(len(kept), total)
+                progress(len(kept) - 1, total)
 
         observe_layers(model, text, observe)
     layers = range(shape.layers)
     measured = [[_measured(kept, index, layer) for layer in layers] for index in range(len(texts))]
-    heads = choose(measured, steps, margin * tolerance)
+    costs = Costs(**kept[_COSTS])
+    heads = choose(measured, costs.costs, steps, margin * tolerance)
     usual = Counter(head.setting for layer in heads for head in layer if head.setting is not None)
-    given = example[0]
-    shortest = n if not usual else crossover(*given, usual.most_common(1)[0][0])
+    shortest = n if not usual else costs.shortest[steps.index(usual.most_common(1)[0][0])]
     return Plan(shape, digest, float(tolerance), n, shortest, heads)
 
 
@@ -117,10 +119,6 @@ def _measured(kept: Checkpoint, text: int, layer: int) -> Measured:
             "transformers"
         )
     return Measured(**kept[f"{text}.{layer}"])
-
-
-def _copy(given: CapturedLayer) -> CapturedLayer:
-    return CapturedLayer(given.query.clone(), given.key.clone(), given.value.clone(), given.scale)
 
 
 def _texts(token_ids: Tensor | Sequence[Tensor]) -> list[Tensor]:

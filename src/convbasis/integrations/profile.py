@@ -18,7 +18,7 @@ from ..hybrid import hybrid_attention
 from ..hybrid.sampling import SampledRows, sampled_rows, spread_rows
 from ..hybrid.selection import heaviest, seen_columns
 from ..plan import HeadSetting, ModelShape
-from ..plan.ladder import default_ladder, measure
+from ..plan.ladder import default_ladder, measure, measure_costs
 from .capture import CapturedLayer, observe_layers
 from .checkpoint import Checkpoint
 
@@ -28,6 +28,7 @@ TILES = 64
 """Tiles of a seen head, across and down, at most."""
 _SAMPLES = 128  # rows of exact attention, half of them to find columns, half to weigh them
 _DIGITS = 5
+_COSTS = "costs"
 
 
 class Lengths(NamedTuple):
@@ -71,7 +72,7 @@ class LayerProfile(NamedTuple):
     errors: list[list[float]]
     """For each setting, as in `Measured`."""
     costs: list[float]
-    """Of each setting, as in `Measured`."""
+    """Of each setting, as in `Costs`: the same for all layers."""
     seen: list[SeenHead]
     """Empty for layers that are not looked at from near."""
 
@@ -138,12 +139,15 @@ def profile_layers(
     def observe(layer: int, given: CapturedLayer) -> None:
         if layer not in layers:
             return
+        # Times first: an analysis that was stopped later goes on with the same.
+        if _COSTS not in kept:
+            kept.add(_COSTS, measure_costs(*given, steps).costs)
         if str(layer) not in kept:
-            found = profile(given, steps, seed, layer in seen)
+            found = profile(given, steps, kept[_COSTS], seed, layer in seen)
             views = [view._asdict() for view in found.seen]
             kept.add(str(layer), {**found._asdict(), "seen": views})
         if progress is not None:
-            progress(len(kept), len(set(layers)))
+            progress(len(kept) - 1, len(set(layers)))
 
     observe_layers(model, input_ids, observe)
     return {layer: _read(kept, layer) for layer in sorted(set(layers))}
@@ -160,12 +164,19 @@ def _read(kept: Checkpoint, layer: int) -> LayerProfile:
 
 
 @torch.no_grad()
-def profile(given: CapturedLayer, ladder: Sequence[HeadSetting], seed: int, seen: bool) -> LayerProfile:
+def profile(
+    given: CapturedLayer,
+    ladder: Sequence[HeadSetting],
+    costs: Sequence[float],
+    seed: int,
+    seen: bool,
+) -> LayerProfile:
     """Profile one layer.
 
     Args:
         given: of one text.
         ladder: settings to measure.
+        costs: what they cost.
         seed: of everything sampled.
         seen: whether heads are looked at from near.
 
@@ -189,7 +200,7 @@ def profile(given: CapturedLayer, ladder: Sequence[HeadSetting], seed: int, seen
         weights += _lag_weights([to_find, to_weigh])
     measured = measure(query, key, value, given.scale, ladder, seed)
     views = _views(query, key, given.scale, ladder, measured.bounds, seed) if seen else []
-    return LayerProfile(ranks, near, columns, weights, *measured, views)
+    return LayerProfile(ranks, near, columns, weights, *measured, list(costs), views)
 
 
 def _near_mass(sampled: SampledRows, near: int) -> list[float]:

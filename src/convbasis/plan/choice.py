@@ -12,12 +12,16 @@ from .settings import HeadSetting
 
 
 def choose(
-    measured: Sequence[Sequence[Measured]], ladder: Sequence[HeadSetting], tolerance: float
+    measured: Sequence[Sequence[Measured]],
+    costs: Sequence[float],
+    ladder: Sequence[HeadSetting],
+    tolerance: float,
 ) -> tuple[tuple[HeadPlan, ...], ...]:
     """Return for every head the cheapest setting whose error is within the tolerance on every text.
 
     Args:
         measured: for each text, for each layer.
+        costs: of each setting, over that of exact attention.
         ladder: the settings.
         tolerance: the largest 95 % bound of a head's relative error.
 
@@ -25,11 +29,6 @@ def choose(
         for each layer, for each head; exact where no setting that costs less than exact attention is
         good enough.
     """
-    # What a setting costs is a matter of shapes: the median over layers and texts is less noisy.
-    costs = [
-        _median([layer.costs[index] for text in measured for layer in text])
-        for index in range(len(ladder))
-    ]
     by_cost = sorted(range(len(ladder)), key=costs.__getitem__)
     layers = []
     for layer in zip(*measured, strict=True):
@@ -44,15 +43,10 @@ def _head(
     bounds: Sequence[float],
     by_cost: list[int],
     ladder: Sequence[HeadSetting],
-    costs: list[float],
+    costs: Sequence[float],
     tolerance: float,
 ) -> HeadPlan:
     for index in by_cost:
         if costs[index] < 1.0 and bounds[index] <= tolerance:
             return HeadPlan(ladder[index], bounds[index], costs[index])
     return HeadPlan(None)
-
-
-def _median(values: list[float]) -> float:
-    ordered = sorted(values)
-    return ordered[len(ordered) // 2]

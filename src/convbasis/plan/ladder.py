@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +12,6 @@ from torch.nn.functional import scaled_dot_product_attention as _exact
 
 from ..hybrid import HybridStats, hybrid_attention_stats
 from .settings import ConcreteSetting, HeadSetting, Size
-
-_T = TypeVar("_T")
 
 
 def default_ladder(length: int) -> tuple[HeadSetting, ...]:
@@ -54,15 +51,24 @@ class Measured(NamedTuple):
     """For each setting and head the 95 % bound of the relative error, as a prompt's run finds it."""
     errors: list[list[float]]
     """For each setting and head the true relative error."""
+
+
+class Costs(NamedTuple):
+    """What the settings of a ladder cost on this machine."""
+
     costs: list[float]
-    """Time of each setting for all heads, estimates included, over that of exact attention."""
+    """Time of each setting for the heads of one layer, estimates included, over that of exact
+    attention."""
+    shortest: list[int]
+    """For each setting the longest measured prompt, a power of two, for which it does not pay; 0 for
+    none."""
 
 
 @torch.no_grad()
 def measure(
     query: Tensor, key: Tensor, value: Tensor, scale: float, ladder: Sequence[HeadSetting], seed: int
 ) -> Measured:
-    """Return errors and cost of every setting of a ladder for the heads of one layer.
+    """Return the errors of every setting of a ladder for the heads of one layer.
 
     Args:
         query: ``(1, H, n, d)``.
@@ -73,35 +79,41 @@ def measure(
         seed: of everything sampled.
     """
     n = query.shape[2]
-    exact, whole = _timed(_exact, query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+    exact = _exact(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
     norms = torch.linalg.vector_norm(exact[0].double(), dim=(-1, -2)).clamp(min=1e-300)
-    bounds, errors, costs = [], [], []
+    bounds, errors = [], []
     for setting in ladder:
-        stats, seconds = _timed(_hybrid, query, key, value, setting.at(n), scale, seed)
+        stats = _hybrid(query, key, value, setting.at(n), scale, seed)
         off = torch.linalg.vector_norm((stats.output - exact)[0].double(), dim=(-1, -2))
         bounds.append(stats.error_estimate[0].tolist())
         errors.append((off / norms).tolist())
-        costs.append(seconds / whole)
-    return Measured(bounds, errors, costs)
+    return Measured(bounds, errors)
 
 
 @torch.no_grad()
-def crossover(query: Tensor, key: Tensor, value: Tensor, scale: float, setting: HeadSetting) -> int:
-    """Return the longest measured prompt, a power of two, for which a setting does not pay; 0 for none.
+def measure_costs(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, ladder: Sequence[HeadSetting]
+) -> Costs:
+    """Return the costs of every setting of a ladder, at full length and at powers of two below.
 
-    The tensors are those of `measure`; shorter prompts are their beginnings.
+    The tensors are those of `measure`; shorter prompts are their beginnings. Times are the least of
+    three that take turns: what else runs on a machine only ever adds to them.
     """
-    longest, n = 0, 512
-    while n <= query.shape[2]:
+    whole = query.shape[2]
+    shorter = [1 << power for power in range(9, whole.bit_length()) if 1 << power < whole]
+    shortest = [0] * len(ladder)
+    costs: list[float] = []
+    for n in (*shorter, whole):
         own = [tensor[:, :, :n].contiguous() for tensor in (query, key, value)]
-        ratios = []
+        times = [[float("inf")] * (len(ladder) + 1)]
         for _ in range(3):
-            exact = _timed(_exact, *own, is_causal=True, scale=scale, enable_gqa=True)[1]
-            ratios.append(_timed(_hybrid, *own, setting.at(n), scale, 0)[1] / exact)
-        if statistics.median(ratios) >= 1.0:
-            longest = n
-        n *= 2
-    return longest
+            exact = _seconds(_exact, *own, is_causal=True, scale=scale, enable_gqa=True)
+            times.append([exact, *(_seconds(_hybrid, *own, step.at(n), scale, 0) for step in ladder)])
+        exact, *ours = map(min, zip(*times, strict=True))
+        costs = [seconds / exact for seconds in ours]
+        if n in shorter or n == 1 << (n.bit_length() - 1):
+            shortest = [n if cost >= 1.0 else at for cost, at in zip(costs, shortest, strict=True)]
+    return Costs(costs, shortest)
 
 
 def _hybrid(
@@ -112,7 +124,7 @@ def _hybrid(
     )
 
 
-def _timed(run: Callable[..., _T], *inputs: Any, **options: Any) -> tuple[_T, float]:
+def _seconds(run: Callable[..., object], *inputs: Any, **options: Any) -> float:
     begin = time.perf_counter()
-    result = run(*inputs, **options)
-    return result, time.perf_counter() - begin
+    run(*inputs, **options)
+    return time.perf_counter() - begin
