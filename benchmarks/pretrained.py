@@ -76,6 +76,7 @@ def calibrate(options: argparse.Namespace) -> None:
         ids,
         tolerance=options.tolerance,
         margin=options.margin,
+        budget=options.budget,
         checkpoint=options.folder / f"smollm2-{options.length}.measured.json",
         progress=lambda done, total: print(f"layer {done} of {total}", flush=True),
     )
@@ -269,8 +270,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parts = parser.add_subparsers(required=True)
     part = parts.add_parser("calibrate")
-    part.add_argument("--tolerance", type=float, default=0.2)
-    part.add_argument("--margin", type=float, default=0.65, help="of the tolerance")
+    part.add_argument("--tolerance", type=float, default=0.25)
+    part.add_argument("--margin", type=float, default=0.8, help="of the tolerance")
+    part.add_argument("--budget", type=float, default=0.003, help="KL, in nats")
     part.set_defaults(job=calibrate)
     other = parts.add_parser("score")
     other.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192])
