@@ -44,6 +44,29 @@ def test_every_text_counts():
     assert head.setting == LADDER[1]
 
 
+def test_a_budget_goes_to_the_heads_that_matter():
+    layer = measured([0.09, 0.09], [0.05, 0.05], [0.01, 0.01])
+    costs = [0.2, 0.4, 0.6]
+    effects = [[1.0, 0.1]]
+    loose = choose([[layer]], costs, LADDER, 0.1, 1.0, effects)
+    assert [head.setting for head in loose.heads[0]] == [LADDER[0], LADDER[0]]
+    assert loose.predicted_kl == pytest.approx(1.1 * 0.09**2)
+    tight = choose([[layer]], costs, LADDER, 0.1, 0.004, effects)
+    assert [head.setting for head in tight.heads[0]] == [LADDER[1], LADDER[0]]
+    assert tight.predicted_kl == pytest.approx(0.05**2 + 0.1 * 0.09**2)
+    none = choose([[layer]], costs, LADDER, 0.1, 0.0, effects)
+    assert [head.setting for head in none.heads[0]] == [None, None]
+    assert none.predicted_kl == 0.0
+    # What is predicted counts true errors, what is allowed their bounds; both are the worst text's.
+    one, other = (
+        Measured([[b], [0.05], [0.01]], [[e], [0.02], [0.01]]) for b, e in ((0.2, 0.01), (0.05, 0.03))
+    )
+    kept = choose([[one], [other]], costs, LADDER, 0.1, 1.0, [[1.0]])
+    assert kept.heads[0][0].setting == LADDER[1]
+    assert kept.predicted_kl == pytest.approx(0.02**2)
+    assert choose([[layer]], costs, LADDER, 0.1).predicted_kl is None
+
+
 def test_measuring_a_ladder_finds_errors_and_their_bounds():
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, heads, 700, 16, generator=generator) for heads in (4, 2, 2))
