@@ -215,8 +215,8 @@ MAY_IMPORT = {
     "integrations": {"checks", "errors", "hybrid", "plan", "storage"},
     "report": {"errors"},
     "cli": {
-        "__version__", "attention", "convolve", "decompose", "errors", "integrations", "matrices",
-        "planted", "recover", "report", "storage", "tune",
+        "__version__", "attention", "basis", "convolve", "decompose", "errors", "integrations",
+        "matrices", "planted", "recover", "report", "storage", "tune",
     },
 }  # fmt: skip
 

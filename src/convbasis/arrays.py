@@ -50,11 +50,11 @@ def tensor_from(name: str, value: object) -> Tensor:
     array = numpy.asarray(value)
     if array.dtype.kind in "iub":
         if array.dtype.itemsize == 8 and array.size:
-            low, high = int(array.min()), int(array.max())
-            if max(-low, high) > _EXACT:
+            largest = max(int(array.min()), int(array.max()), key=abs)
+            if abs(largest) > _EXACT:
                 raise InputError(
-                    f"{name} holds the integer {low if -low > high else high}, which float64 cannot hold "
-                    "exactly (beyond 2^53); convert it to floating point yourself"
+                    f"{name} holds the integer {largest}, beyond 2^53, where float64 is not exact; "
+                    "convert it to floating point yourself"
                 )
         return torch.from_numpy(array.astype(numpy.float64))
     if array.dtype.kind == "c":

@@ -22,7 +22,7 @@ def decompose(H: Tensor | SupportsArray, *, tol: float = 0.0) -> ConvBasis:
 
     Args:
         H: ``(..., n, n)`` floating point, zero above the diagonal. A NumPy array, or what becomes one
-            through ``__array__``, gives a basis on the CPU in its dtype, and integers and bools float64.
+            through ``__array__``, gives a basis on the CPU in its dtype; integers and bools float64.
         tol: the largest error of an entry, in the units of H.
 
     Returns:

@@ -76,11 +76,11 @@ def _read_npz(file: Path, key: str | None) -> Tensor:
     from numpy.lib.npyio import NpzFile
 
     damages = (ValueError, OSError, EOFError, MemoryError, NotImplementedError, BadZipFile, ZlibError)
-    try:
-        archive = NpzFile(file, allow_pickle=False)
-    except damages as error:
-        raise _unreadable(file, "an .npz file", error) from error
-    with archive:
+    with file.open("rb") as stream:
+        try:
+            archive = NpzFile(stream, allow_pickle=False)
+        except damages as error:
+            raise _unreadable(file, "an .npz file", error) from error
         name = _chosen(file, key, archive.files)
         try:
             array = archive[name]
