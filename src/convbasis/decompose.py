@@ -9,6 +9,7 @@ from .arrays import SupportsArray, is_array, tensor_from
 from .basis import ConvBasis
 from .checks import check_finite, check_float_tensor, check_nonnegative
 from .errors import InputError
+from .transforms import refuse_mapping
 
 
 def decompose(H: Tensor | SupportsArray, *, tol: float = 0.0) -> ConvBasis:
@@ -54,6 +55,7 @@ def decompose(H: Tensor | SupportsArray, *, tol: float = 0.0) -> ConvBasis:
             f"H has shape {tuple(H.shape)}; square matrices (..., n, n) with n >= 1 are wanted"
         )
     within = check_nonnegative("tol", tol)
+    refuse_mapping("decompose", H)
     check_finite("H", H)
     above = H.detach().triu(1)
     if bool((above != 0).any()):
