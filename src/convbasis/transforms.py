@@ -95,6 +95,20 @@ def refuse_transforms(name: str, instead: str) -> None:
         raise InputError(f"{name} does not run under transforms of torch.func; use {instead} there")
 
 
+def refuse_nested_forward_mode() -> None:
+    """Refuse forward mode over forward mode, where torch loses the outer tangents of own operations.
+
+    Raises:
+        ConvBasisError: two such transforms are at work.
+    """
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    if sum(level.key() == torch._C._functorch.TransformType.Jvp for level in stack) > 1:
+        raise ConvBasisError(
+            "forward mode over forward mode (jvp of jvp, jacfwd of jacfwd) is not available; use "
+            "reverse mode for the inner one: jacfwd of jacrev, or torch.func.hessian"
+        )
+
+
 def no_forward_mode(name: str) -> ConvBasisError:
     """Return the error of a function without forward-mode derivatives."""
     return ConvBasisError(

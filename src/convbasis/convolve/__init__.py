@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import Dispatch
-from ..transforms import as_batch, front
+from ..transforms import as_batch, front, refuse_nested_forward_mode
 from .choice import DEFAULT_MAX_BYTES, Work, choose
 from .direct import direct_product
 from .fft import fft_kernel_gradient, fft_product
@@ -111,6 +111,7 @@ class _SegmentProduct(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
         """Multiply each factor with the change of the other."""
+        refuse_nested_forward_mode()
         kernels, starts, x = ctx.saved_tensors
         of_kernels, _, of_x, *_ = tangents
         options = ctx.backend, ctx.max_bytes, ctx.transpose
@@ -172,6 +173,7 @@ class _KernelGradient(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
         """Correlate each factor with the change of the other."""
+        refuse_nested_forward_mode()
         starts, x, gradient = ctx.saved_tensors
         _, of_x, of_gradient, *_ = tangents
         changes = []
