@@ -7,7 +7,8 @@ The series is generated, so that everything that is found can be compared with w
 trend, a season, noise, and an echo of all three, ``series[t] = dry[t] + gain · dry[t - delay]``. Every
 filter is one kernel by lag, applied with `causal_toeplitz_matmul`: value t of a result uses values 0..t
 alone, so that the same numbers would have come out while the series came in. Filters in a row are one
-filter, whose kernel is the product of their kernels, by the same function.
+filter, whose kernel is the product of their kernels, by the same function; entries that cancel to
+nothing are evaluated directly there, which is logged.
 """
 
 from __future__ import annotations

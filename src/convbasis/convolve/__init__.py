@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import Dispatch
-from ..transforms import as_batch, front, refuse_nested_forward_mode
+from ..transforms import as_batch, front, refuse_nested_forward_mode, seen_through
 from .choice import DEFAULT_MAX_BYTES, Work, choose
 from .direct import direct_product
 from .fft import fft_kernel_gradient, fft_product
@@ -51,6 +51,9 @@ def segment_product(
     Returns:
         the product ``(P, R, n, c)`` and what was run.
     """
+    differentiated = torch.is_grad_enabled() and (kernels.requires_grad or x.requires_grad)
+    if not differentiated and not seen_through(kernels, x):
+        return _evaluate(kernels, starts, x, backend, max_bytes, transpose)
     record = _Record()
     product = _SegmentProduct.apply(kernels, starts, x, backend, max_bytes, transpose, record)
     return product, record.dispatch
