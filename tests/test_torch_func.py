@@ -240,6 +240,29 @@ class TestAttention:
             found[0].square().sum().backward()
 
 
+def test_corrected_rows_under_transforms():
+    """Whole blocks of 128 rows are corrected, by later rows too: longer, and not causal."""
+
+    def attend(q, k, v):
+        return cb.hybrid_attention(q, k, v, window=9, columns=3, blocks=1, correction=True)
+
+    def loss(*inputs):
+        return attend(*inputs).sin().sum()
+
+    many = [draw(2, 1, 2, 270, 4, seed=seed) for seed in range(3)]
+    found, gradients = vmap(attend)(*many), vmap(grad(loss, (0, 1, 2)))(*many)
+    for index, one in enumerate(zip(*many, strict=True)):
+        close(found[index], attend(*one))
+        plain = cb.hybrid_attention(*one, window=9, columns=3, blocks=1)
+        assert (found[index] - plain).abs().max() > 1e-3
+        own = [x.clone().requires_grad_() for x in one]
+        exact = torch.autograd.grad(loss(*own), own, create_graph=True)
+        for mine, other in zip(gradients, exact, strict=True):
+            close(mine[index], other)
+        with pytest.raises(cb.ConvBasisError, match="differentiated once more"):
+            exact[0].square().sum().backward()
+
+
 def test_masks_and_biases_are_mapped_too():
     query, key, value = heads(3)
     mask = torch.arange(40) >= torch.tensor([0, 3, 7])[:, None, None]

@@ -19,7 +19,25 @@ pytestmark = pytest.mark.usefixtures("steady")
 
 @pytest.fixture
 def words(folder, text, tmp_path):
-    return ["calibrate", folder, "--text", text, "--length", 512, "-o", tmp_path / "plan.json"]
+    return ["calibrate", folder, "--text", text, "--length", 900, "-o", tmp_path / "plan.json"]
+
+
+@pytest.fixture
+def no_times(monkeypatch):
+    """Make measuring a time from now on a failure."""
+
+    def refuse():
+        def seconds(*_, **__):
+            raise AssertionError("times are measured once")
+
+        monkeypatch.setattr("convbasis.plan.ladder._seconds", seconds)
+
+    return refuse
+
+
+def measured(plan):
+    """What the checkpoint of a plan holds."""
+    return list(json.loads(checkpoint_of(plan).read_text())["measured"])
 
 
 def heads(plan):
@@ -55,7 +73,7 @@ def test_every_option_changes_the_plan(run, words, tmp_path, text):
     errors = [head.error for head in heads(plan("--tolerance", 0.9, "--seed", 5))]
     assert errors != [head.error for head in heads(base)]
     other = tmp_path / "other.txt"
-    other.write_text(text.read_text()[700:])
+    other.write_text(text.read_text()[600:])
     both = plan("--tolerance", 0.9, "--text", other)
     assert both.texts_sha256 != base.texts_sha256
     moved = tmp_path / "moved.json"
@@ -73,7 +91,10 @@ def test_a_page_is_asked_for(run, words, tmp_path, pages):
     assert [place for _, place in pages] == [tmp_path / "r.html"]
 
 
-def test_after_ctrl_c_it_goes_on_and_gives_the_same_bytes(run, fail, words, tmp_path, monkeypatch):
+@pytest.mark.parametrize("stopped", [["costs"], ["costs", "0.0"]], ids=["costs", "a layer"])
+def test_after_ctrl_c_it_goes_on_and_gives_the_same_bytes(
+    run, fail, words, tmp_path, monkeypatch, no_times, stopped
+):
     run(*words)
     plan = tmp_path / "plan.json"
     whole = plan.read_bytes()
@@ -83,19 +104,42 @@ def test_after_ctrl_c_it_goes_on_and_gives_the_same_bytes(run, fail, words, tmp_
 
     def stop(*inputs):
         calls.append(inputs)
-        if len(calls) == 2:
+        if len(calls) == len(stopped):
             raise KeyboardInterrupt
         return real(*inputs)
 
     monkeypatch.setattr("convbasis.integrations.calibrate.measure", stop)
     line = fail(*words, code=130)
     assert str(checkpoint_of(plan)) in line
-    assert list(json.loads(checkpoint_of(plan).read_text())["measured"]) == ["0.0"]
+    assert measured(plan) == stopped
     assert not plan.exists()
+    no_times()
     run(*words)
-    assert len(calls) == 3  # the first layer was not measured again
+    assert len(calls) == 3  # the stopped layer twice, no other again
     assert plan.read_bytes() == whole
     assert list(tmp_path.iterdir()) == [plan]
+
+
+def test_ctrl_c_while_times_are_measured(run, fail, words, tmp_path, monkeypatch):
+    from convbasis.plan import ladder
+
+    run(*words)
+    plan = tmp_path / "plan.json"
+    whole = plan.read_bytes()
+    plan.unlink()
+    steady, calls = ladder._seconds, []
+
+    def stop(*inputs, **options):
+        calls.append(inputs)
+        if len(calls) == 20:
+            raise KeyboardInterrupt
+        return steady(*inputs, **options)
+
+    monkeypatch.setattr("convbasis.plan.ladder._seconds", stop)
+    assert fail(*words, code=130) == "interrupted"
+    assert list(tmp_path.iterdir()) == []
+    run(*words)
+    assert plan.read_bytes() == whole
 
 
 KILLED = """
@@ -109,25 +153,27 @@ real, calls = calibrate.measure, []
 
 def measure(*inputs):
     calls.append(inputs)
-    if len(calls) == 2:
+    if len(calls) == int(sys.argv[1]):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*inputs)
 
 calibrate.measure = measure
-app(sys.argv[1:])
+app(sys.argv[2:])
 """
 
 
-def test_after_a_kill_it_goes_on_and_gives_the_same_bytes(run, words, tmp_path):
+@pytest.mark.parametrize("stopped", [["costs"], ["costs", "0.0"]], ids=["costs", "a layer"])
+def test_after_a_kill_it_goes_on_and_gives_the_same_bytes(run, words, tmp_path, no_times, stopped):
     run(*words)
     plan = tmp_path / "plan.json"
     whole = plan.read_bytes()
     plan.unlink()
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", KILLED, *map(str, words)]
+    command = [sys.executable, "-c", KILLED, str(len(stopped)), *map(str, words)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert list(json.loads(checkpoint_of(plan).read_text())["measured"]) == ["0.0"]
+    assert measured(plan) == stopped
+    no_times()
     run(*words)
     assert plan.read_bytes() == whole
     assert list(tmp_path.iterdir()) == [plan]
@@ -150,15 +196,14 @@ def test_a_disk_that_fills_up_keeps_what_was_measured(fail, words, tmp_path, mon
 
     def full(path, write):
         written.append(path)
-        if len(written) == 2:
+        if len(written) == 3:
             raise OSError(28, "No space left on device")
         real(path, write)
 
     monkeypatch.setattr("convbasis.storage.write_beside", full)
     assert fail(*words, code=3) == "error: No space left on device"
-    kept = checkpoint_of(tmp_path / "plan.json")
-    assert list(json.loads(kept.read_text())["measured"]) == ["0.0"]
-    assert list(tmp_path.iterdir()) == [kept]
+    assert measured(tmp_path / "plan.json") == ["costs", "0.0"]
+    assert list(tmp_path.iterdir()) == [checkpoint_of(tmp_path / "plan.json")]
 
 
 @pytest.mark.parametrize(

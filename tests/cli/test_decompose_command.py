@@ -2,6 +2,7 @@
 
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from rich.console import Console
 
 import convbasis as cb
 from convbasis.cli.decompose import run_decompose
+from convbasis.cli.results import screen
+from convbasis.report.file import read_report
 
 
 def planted(n=60, k=4, noise=0.0):
@@ -21,10 +24,10 @@ def planted(n=60, k=4, noise=0.0):
     return (matrix + noise * change.tril()).numpy(), starts.tolist()
 
 
-def run(source, output=None, tol=0.0, key=None, json_output=None):
+def run(source, output=None, tol=0.0, key=None, json_output=None, page=None):
     """Return what the screen shows."""
     console = Console(file=io.StringIO(), width=150)
-    run_decompose(source, output, tol, key, json_output, console)
+    run_decompose(source, output, tol, key, json_output, page, console)
     return console.file.getvalue()
 
 
@@ -95,13 +98,35 @@ def test_key_chooses_the_array(tmp_path):
 
 
 def test_standard_output_gets_json_alone(tmp_path, capsys):
-    from pathlib import Path
-
     np.save(tmp_path / "m.npy", planted()[0])
-    run_decompose(tmp_path / "m.npy", None, 0.0, None, Path("-"), Console())
+    stdout = Path("-")
+    run_decompose(tmp_path / "m.npy", None, 0.0, None, stdout, None, screen(stdout))
     found = json.loads(capsys.readouterr().out)
     assert found["title"] == "Conv basis of m.npy"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.npy"]
+
+
+def test_a_page_and_what_it_is_made_of(tmp_path, pages):
+    np.save(tmp_path / "m.npy", planted(noise=1e-3)[0])
+    run(tmp_path / "m.npy", json_output=tmp_path / "found.json", page=tmp_path / "m.html")
+    ((report, place),) = pages
+    assert place == tmp_path / "m.html"
+    assert read_report(tmp_path / "found.json") == report
+    (line,) = report.charts[0].lines
+    rows = report.tables[1].rows
+    assert line.x == tuple(row[0] for row in rows[1:])
+    assert line.y == tuple(row[3] for row in rows[1:])
+    assert line.labels[0] == "k = 60"
+    assert report.provenance.versions["numpy"] == np.__version__
+
+
+@pytest.mark.parametrize("size", [1e-200, 1e300])
+def test_errors_of_entries_whose_squares_are_none(tmp_path, size):
+    np.save(tmp_path / "m.npy", size * planted(noise=1e-3)[0])
+    run(tmp_path / "m.npy", tol=1e-3 * size, json_output=tmp_path / "found.json")
+    summary = dict(json.loads((tmp_path / "found.json").read_text())["summary"])
+    assert summary["k, bases of the matrix"] == 4
+    assert 1e-5 < summary["relative error of the matrix"] < 1e-2
 
 
 @pytest.mark.parametrize("matrix", [np.zeros((5, 5)), np.ones((1, 1), dtype=np.float32)], ids=str)
@@ -135,6 +160,6 @@ def test_refusals_leave_no_file(tmp_path, matrix, tol, message):
 
 def test_no_folder_for_the_outputs(tmp_path):
     np.save(tmp_path / "m.npy", planted()[0])
-    for name in ("output", "json_output"):
+    for name in ("output", "json_output", "page"):
         with pytest.raises(cb.MissingPathError, match="there is no folder"):
             run(tmp_path / "m.npy", **{name: tmp_path / "nowhere" / "file"})

@@ -64,7 +64,7 @@ def test_a_plan_states_every_head_and_holds_to_the_tolerance(model, ids, monkeyp
     loose.check_model(model)
 
 
-def test_a_stopped_calibration_goes_on(model, ids, tmp_path):
+def test_a_stopped_calibration_goes_on(model, ids, tmp_path, monkeypatch):
     file = tmp_path / "measured.json"
 
     class Stop(Exception): ...
@@ -77,12 +77,21 @@ def test_a_stopped_calibration_goes_on(model, ids, tmp_path):
     with pytest.raises(Stop):
         cb.calibrate(model, ids, ladder=LADDER, checkpoint=file, progress=stop)
     kept = json.loads(file.read_text())["measured"]
-    assert len(kept) == 4
+    assert list(kept) == ["costs", "0.0", "0.1", "0.2", "1.0"]
+    assert list(kept["costs"]) == ["costs", "shortest"]
+    assert [len(of_each) for of_each in kept["costs"].values()] == [2, 2]
+    assert list(kept["1.0"]) == ["bounds", "errors"]
+
+    def again(*_, **__):
+        raise AssertionError("times are measured once")
+
+    monkeypatch.setattr("convbasis.plan.ladder._seconds", again)
     done = []
     cb.calibrate(model, ids, ladder=LADDER, checkpoint=file, progress=lambda d, _: done.append(d))
     assert done == [4, 4, 4, 4, 5, 6]
     after = json.loads(file.read_text())["measured"]
     assert {name: after[name] for name in kept} == kept
+    assert list(after) == [*kept, "1.1", "1.2"]
     with pytest.raises(cb.FileFormatError, match="another calibration"):
         cb.calibrate(model, ids, ladder=LADDER, checkpoint=file, seed=1)
     file.write_text("{")

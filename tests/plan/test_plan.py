@@ -21,6 +21,7 @@ def grown(far_field="none"):
         blocks=0 if far_field == "conv" else 1,
         far_field=far_field,
         key_weights=far_field == "segments",
+        correction=far_field == "none",
     )
 
 
@@ -86,6 +87,8 @@ class TestFile:
     def test_round_trip(self, file):
         assert cb.Plan.load(file) == plan()
         assert cb.Plan.load(str(file)) == plan()
+        settings = [head.setting for head in cb.Plan.load(file).heads[1]]
+        assert [setting.correction for setting in settings] == [True, False, False, True]
 
     def test_one_head_a_line(self, file):
         lines = file.read_text().splitlines()
@@ -158,6 +161,7 @@ class TestFile:
             (("layers", 1, 2, "setting", "sinks"), 1.5, "layer 1, head 2, setting: sinks=1.5 is not"),
             (("layers", 1, 2, "setting", "far_field"), "x", "layer 1, head 2, setting: far_field='x'"),
             (("layers", 1, 2, "setting", "key_weights"), 0, "layer 1, head 2, setting: key_weights=0"),
+            (("layers", 1, 2, "setting", "correction"), 1, "layer 1, head 2, setting: correction=1 is"),
             (
                 ("layers", 1, 2, "setting", "window", "power"), [],
                 "layer 1, head 2, setting, window: power=a list is not a finite number",
@@ -190,6 +194,7 @@ class TestFile:
             (("model", "head_dim"), "model lacks head_dim"),
             (("layers", 1, 3, "error"), "layer 1, head 3 lacks error"),
             (("layers", 1, 3, "setting", "blocks"), "layer 1, head 3, setting lacks blocks"),
+            (("layers", 1, 3, "setting", "correction"), "layer 1, head 3, setting lacks correction"),
             (("layers", 1, 3, "setting", "window", "power"), "head 3, setting, window lacks power"),
         ],
         ids=str,

@@ -265,11 +265,12 @@ def decompose(
         typer.Option("--output", "-o", metavar="FILE", help="The basis, as safetensors."),
     ] = None,
     json_output: Json = None,
+    page: Page = None,
 ) -> None:
     """Find the conv basis of a lower-triangular matrix."""
-    from .decompose import run_decompose  # type: ignore[import-not-found, unused-ignore]
+    from .decompose import run_decompose
 
-    run_decompose(source, output, tol, key, json_output, screen(json_output))
+    run_decompose(source, output, tol, key, json_output, page, screen(json_output))
 
 
 @app.command(epilog="Example: convbasis report heads.json -o heads.html")

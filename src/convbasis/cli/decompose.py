@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
-import dataclasses
-import datetime
-import json
-import os
-import platform
-import sys
 from pathlib import Path
+from typing import NamedTuple
 
-import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress
-from rich.table import Table as ScreenTable
 from torch import Tensor
 
-from .. import __version__
 from ..basis import ConvBasis
 from ..decompose import decompose
 from ..matrices import read_matrix
-from ..report.content import Cell, Provenance, Report, Table
-from ..storage import save_text
+from ..report.content import Chart, Line, Provenance, Report, Table
+from .progress import one_bar
+from .results import check_outputs, deliver, provenance
 
-STANDARD_OUTPUT = Path("-")
 # Parts of the largest entry.
 _TOLERANCES = (0.0, 1e-6, 1e-4, 1e-3, 1e-2, 1e-1)
 _LISTED_SEGMENTS = 16
+
+
+class Saved(NamedTuple):
+    """What a tolerance saves, and what it loses."""
+
+    relative: float
+    """The tolerance as a part of the largest entry."""
+    tol: float
+    k: int
+    share: float
+    """Bytes of the basis over those of the dense matrix."""
+    largest: float
+    """Error of an entry."""
+    error: float
+    """Relative error of the matrix."""
 
 
 def run_decompose(
@@ -36,6 +42,7 @@ def run_decompose(
     tol: float,
     key: str | None,
     json_output: Path | None,
+    page: Path | None,
     console: Console,
 ) -> None:
     """Decompose the matrix of a file, and tell how large its basis is.
@@ -45,8 +52,8 @@ def run_decompose(
         output: safetensors file for the basis, or None.
         tol: the largest error of an entry, in the units of the matrix.
         key: name of the array in the file, see `read_matrix`.
-        json_output: file for the same as strict JSON, or None; ``-`` for standard output, which then
-            gets nothing else.
+        json_output: file for the same as strict JSON, or None; ``-`` for standard output.
+        page: file for the same as a page, or None.
         console: where the tables go.
 
     Raises:
@@ -54,36 +61,29 @@ def run_decompose(
         InputError: the matrix is not lower triangular or not finite, tol is negative, or key is needed.
         MissingPathError: there is no such file, or no folder for an output.
     """
+    check_outputs(output, json_output, page=page)
     matrix = read_matrix(source, key)
     basis = decompose(matrix, tol=tol)
-    with Progress(console=console, transient=True) as progress:
-        sizes = [
-            _size(matrix, relative)
-            for relative in progress.track(_TOLERANCES, description="other tolerances")
-        ]
-    report = _report(source, matrix, basis, tol, sizes)
+    saved: list[Saved] = []
+    with one_bar("other tolerances", len(_TOLERANCES)) as step:
+        for relative in _TOLERANCES:
+            saved.append(_saved(matrix, relative))
+            step(len(saved), len(_TOLERANCES))
     if output is not None:
         basis.save(output)
-    if json_output != STANDARD_OUTPUT:
-        _print(report, console)
-        if output is not None:
-            console.print(f"Basis: {escape(str(output))}", highlight=False, soft_wrap=True)
-    if json_output is None:
-        return
-    content = {"format": "convbasis.report", "version": 1, **dataclasses.asdict(report)}
-    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-    if json_output == STANDARD_OUTPUT:
-        sys.stdout.write(text)
-    else:
-        save_text(json_output, text)
+    deliver(_report(source, matrix, basis, tol, saved, provenance()), console, json_output, page)
+    if output is not None:
+        console.print(f"Basis: {escape(str(output))}", highlight=False, soft_wrap=True)
 
 
 def _errors(matrix: Tensor, basis: ConvBasis) -> tuple[float, float]:
     """Return the largest error of an entry, and the relative error of the whole matrix."""
     exact = matrix.double()
     difference = basis.to_dense().double() - exact
-    norm = float(exact.norm())
-    return float(difference.abs().max()), float(difference.norm()) / norm if norm else 0.0
+    # Squares of large and of small entries are none.
+    unit = float(exact.abs().max()) or 1.0
+    norm = float((exact / unit).norm()) or 1.0
+    return float(difference.abs().max()), float((difference / unit).norm()) / norm
 
 
 def _stored(basis: ConvBasis) -> int:
@@ -93,16 +93,21 @@ def _stored(basis: ConvBasis) -> int:
     )
 
 
-def _size(matrix: Tensor, relative: float) -> tuple[Cell, ...]:
-    """Return a row of the table of tolerances."""
+def _saved(matrix: Tensor, relative: float) -> Saved:
+    """Return what a tolerance saves."""
     tol = relative * float(matrix.abs().max())
     basis = decompose(matrix, tol=tol)
     dense = matrix.numel() * matrix.element_size()
-    return relative, tol, basis.k, _stored(basis) / dense, *_errors(matrix, basis)
+    return Saved(relative, tol, basis.k, _stored(basis) / dense, *_errors(matrix, basis))
 
 
 def _report(
-    source: Path, matrix: Tensor, basis: ConvBasis, tol: float, sizes: list[tuple[Cell, ...]]
+    source: Path,
+    matrix: Tensor,
+    basis: ConvBasis,
+    tol: float,
+    saved: list[Saved],
+    where: Provenance,
 ) -> Report:
     n, k = basis.n, basis.k
     largest, relative = _errors(matrix, basis)
@@ -116,7 +121,7 @@ def _report(
     listed = f"the first {_LISTED_SEGMENTS} of {k:,}" if k > _LISTED_SEGMENTS else f"{k}"
     return Report(
         title=f"Conv basis of {source.name}",
-        provenance=_provenance(),
+        provenance=where,
         summary=(
             ("n", n),
             ("k, bases of the matrix", k),
@@ -127,6 +132,23 @@ def _report(
             ("basis / dense", _stored(basis) / dense),
             ("largest error of an entry", largest),
             ("relative error of the matrix", relative),
+        ),
+        charts=(
+            Chart(
+                title="What a tolerance saves",
+                x_title="tolerance / largest entry",
+                y_title="bytes, basis / dense",
+                lines=(
+                    Line(
+                        "conv basis",
+                        tuple(one.relative for one in saved if one.relative),
+                        tuple(one.share for one in saved if one.relative),
+                        tuple(f"k = {one.k:,}" for one in saved if one.relative),
+                    ),
+                ),
+                x_log=True,
+                level=(1.0, "as large as the dense matrix"),
+            ),
         ),
         tables=(
             Table(f"Segments: {listed}", ("segment", "first column", "columns", "largest entry"), rows),
@@ -140,7 +162,7 @@ def _report(
                     "largest error",
                     "relative error",
                 ),
-                tuple(sizes),
+                tuple(map(tuple, saved)),
             ),
         ),
         notes=(
@@ -148,40 +170,3 @@ def _report(
             "memory where k is far below n.",
         ),
     )
-
-
-def _provenance() -> Provenance:
-    versions = {
-        "convbasis": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-    return Provenance(
-        command=" ".join(["convbasis", *sys.argv[1:]]),
-        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        versions=versions,
-        threads=torch.get_num_threads(),
-        machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors",
-    )
-
-
-def _print(report: Report, console: Console) -> None:
-    summary = ScreenTable(title=escape(report.title), show_header=False)
-    for name, value in report.summary:
-        summary.add_row(escape(name), escape(_shown(value)))
-    console.print(summary)
-    for table in report.tables:
-        made = ScreenTable(title=escape(table.title))
-        for name in table.columns:
-            made.add_column(escape(name), justify="right")
-        for row in table.rows:
-            made.add_row(*(escape(_shown(cell)) for cell in row))
-        console.print(made)
-    for note in report.notes:
-        console.print(escape(note), highlight=False)
-
-
-def _shown(cell: Cell) -> str:
-    if isinstance(cell, int):
-        return f"{cell:,}"
-    return f"{cell:.4g}" if isinstance(cell, float) else str(cell)
