@@ -244,7 +244,7 @@ def test_corrected_rows_under_transforms():
     """Whole blocks of 128 rows are corrected, by later rows too: longer, and not causal."""
 
     def attend(q, k, v):
-        return cb.hybrid_attention(q, k, v, window=9, columns=3, blocks=1, correction=True)
+        return cb.hybrid_attention(q, k, v, window=9, columns=3, correction=True)
 
     def loss(*inputs):
         return attend(*inputs).sin().sum()
@@ -253,7 +253,7 @@ def test_corrected_rows_under_transforms():
     found, gradients = vmap(attend)(*many), vmap(grad(loss, (0, 1, 2)))(*many)
     for index, one in enumerate(zip(*many, strict=True)):
         close(found[index], attend(*one))
-        plain = cb.hybrid_attention(*one, window=9, columns=3, blocks=1)
+        plain = cb.hybrid_attention(*one, window=9, columns=3)
         assert (found[index] - plain).abs().max() > 1e-3
         own = [x.clone().requires_grad_() for x in one]
         exact = torch.autograd.grad(loss(*own), own, create_graph=True)

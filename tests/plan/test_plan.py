@@ -116,6 +116,9 @@ class TestFile:
             plan().save(tmp_path)
 
     def test_every_truncation_is_refused(self, file):
+        small = dataclasses.replace(SHAPE, layers=1, heads=3, kv_heads=1)
+        kinds = (HeadPlan(grown(), 0.01, 0.2), HeadPlan(None), HeadPlan(HeadSetting(64), 0.05))
+        plan(model=small, heads=(kinds,)).save(file)
         text = file.read_text()
         for length in range(len(text.rstrip())):
             file.write_text(text[:length])

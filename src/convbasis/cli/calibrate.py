@@ -71,8 +71,8 @@ def plan_as_report(plan: Plan, place: Path, where: Provenance) -> Report:
     mean = sum(head.cost for layer in plan.heads for head in layer) / heads
     notes = [
         f"plan written to {place}",
-        "Times are of this machine, the least of three turns; a second calibration may choose otherwise "
-        "where two settings take about as long.",
+        "Times are of this machine, the least of three turns; a second calibration may choose "
+        "otherwise where two settings take about as long.",
     ]
     if not plan.approximated:
         notes.append(
