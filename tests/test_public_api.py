@@ -85,6 +85,10 @@ def test_arguments_are_pinned():
     assert names(cb.planted_qk)[:5] == ["n", "d", "num_bases", "noise", "generator"]
     assert names(cb.ConvBasis) == ["segment_kernels", "starts"]
     assert names(cb.apply_plan) == ["model", "plan", "min_length", "dynamic", "training"]
+    assert names(cb.calibrate) == [
+        "model", "token_ids", "tolerance", "margin", "budget", "ladder", "checkpoint", "progress",
+        "seed",
+    ]  # fmt: skip
     assert names(cb.remove_plan) == names(cb.plan_report) == ["model"]
     assert cb.PlanReport._fields == (
         "prefills", "heads_approximated", "heads_exact", "heads_fallen_back",

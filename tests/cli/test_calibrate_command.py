@@ -19,7 +19,8 @@ pytestmark = pytest.mark.usefixtures("steady")
 
 @pytest.fixture
 def words(folder, text, tmp_path):
-    return ["calibrate", folder, "--text", text, "--length", 900, "-o", tmp_path / "plan.json"]
+    place = tmp_path / "plan.json"
+    return ["calibrate", folder, "--text", text, "--length", 900, "--budget", "inf", "-o", place]
 
 
 @pytest.fixture
@@ -49,6 +50,7 @@ def test_a_plan_is_written_and_told(run, words, tmp_path):
     plan = cb.Plan.load(tmp_path / "plan.json")
     assert plan.approximated == 8
     assert dict(content["summary"])["heads approximated"] == "8 of 8"
+    assert dict(content["summary"])["predicted KL, nats"] is None
     assert [head.error for head in plan.heads[0]] == pytest.approx(
         content["maps"][1]["values"][0], 1e-4
     )
@@ -69,6 +71,13 @@ def test_every_option_changes_the_plan(run, words, tmp_path, text):
     assert plan("--tolerance", 1.0001 * worst, "--margin", 1).approximated == 8
     small = plan("--tolerance", 1.0001 * worst, "--margin", 0.01)
     assert max(head.error for head in heads(small)) <= 0.01 * small.tolerance < worst
+    free = plan("--tolerance", 0.9, "--budget", 1e9)
+    assert free.heads == base.heads
+    assert free.predicted_kl > 0
+    spared = plan("--tolerance", 0.9, "--budget", 0.5 * free.predicted_kl)
+    assert spared.heads != base.heads
+    assert spared.predicted_kl <= 0.5 * free.predicted_kl
+    assert plan("--tolerance", 0.9, "--budget", 0).approximated == 0
     assert plan("--tolerance", 0.9, "--length", 300).calibrated_length == 300
     errors = [head.error for head in heads(plan("--tolerance", 0.9, "--seed", 5))]
     assert errors != [head.error for head in heads(base)]
@@ -91,31 +100,40 @@ def test_a_page_is_asked_for(run, words, tmp_path, pages):
     assert [place for _, place in pages] == [tmp_path / "r.html"]
 
 
-@pytest.mark.parametrize("stopped", [["costs"], ["costs", "0.0"]], ids=["costs", "a layer"])
+@pytest.mark.parametrize(
+    ("stopped", "held"),
+    [(1, ["costs"]), (2, ["costs", "0.0"]), (3, ["costs", "0.0", "0.1"])],
+    ids=["before errors", "between layers", "before sensitivities"],
+)
 def test_after_ctrl_c_it_goes_on_and_gives_the_same_bytes(
-    run, fail, words, tmp_path, monkeypatch, no_times, stopped
+    run, fail, words, tmp_path, monkeypatch, no_times, stopped, held
 ):
+    words += ["--budget", 1]
     run(*words)
     plan = tmp_path / "plan.json"
     whole = plan.read_bytes()
     plan.unlink()
-    real = cb.integrations.calibrate.measure
     calls = []
 
-    def stop(*inputs):
-        calls.append(inputs)
-        if len(calls) == len(stopped):
-            raise KeyboardInterrupt
-        return real(*inputs)
+    def stopping(real):
+        def stop(*inputs, **options):
+            calls.append(real)
+            if len(calls) == stopped:
+                raise KeyboardInterrupt
+            return real(*inputs, **options)
 
-    monkeypatch.setattr("convbasis.integrations.calibrate.measure", stop)
+        return stop
+
+    for name in ("measure", "head_sensitivities"):
+        whose = getattr(cb.integrations.calibrate, name)
+        monkeypatch.setattr(f"convbasis.integrations.calibrate.{name}", stopping(whose))
     line = fail(*words, code=130)
     assert str(checkpoint_of(plan)) in line
-    assert measured(plan) == stopped
+    assert measured(plan) == held
     assert not plan.exists()
     no_times()
     run(*words)
-    assert len(calls) == 3  # the stopped layer twice, no other again
+    assert len(calls) == 4  # what was stopped twice, nothing else again
     assert plan.read_bytes() == whole
     assert list(tmp_path.iterdir()) == [plan]
 
@@ -212,6 +230,7 @@ def test_a_disk_that_fills_up_keeps_what_was_measured(fail, words, tmp_path, mon
         (["--tolerance", "0"], "tolerance=0 allows no approximation"),
         (["--tolerance", "nan"], "tolerance=nan"),
         (["--margin", "2"], "margin=2.0 is not in"),
+        (["--budget", "-1"], "budget=-1.0 is not a finite number >= 0"),
         (["--length", "1501"], "random.txt: the text has 1500 tokens; 1501 are wanted"),
         (["--length", "5000"], "5000 tokens are more than the 4096 positions"),
         (["--text", "/no/such/file"], "there is no file '/no/such/file'"),

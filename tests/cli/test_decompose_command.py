@@ -158,7 +158,7 @@ def test_refusals_leave_no_file(tmp_path, matrix, tol, message):
     assert [path.name for path in tmp_path.iterdir()] == ["m.npy"]
 
 
-def test_no_folder_for_the_outputs(tmp_path):
+def test_no_folder_for_the_outputs(tmp_path, pages):
     np.save(tmp_path / "m.npy", planted()[0])
     for name in ("output", "json_output", "page"):
         with pytest.raises(cb.MissingPathError, match="there is no folder"):

@@ -67,6 +67,7 @@ class TestPlan:
             ({"calibrated_length": 0}, "calibrated_length=0 is not a positive integer"),
             ({"calibrated_length": 600}, "window of layer 0, head 0 is stated for 512 tokens"),
             ({"min_length": -1}, "min_length=-1 is not an integer >= 0"),
+            ({"predicted_kl": -0.1}, "predicted_kl=-0.1 is not a finite number >= 0"),
             ({"heads": ()}, "heads has 0 layers; the model has 2"),
             ({"heads": ((), ())}, "heads of layer 0 are 0; the model has 4 a layer"),
         ],
@@ -87,6 +88,9 @@ class TestFile:
     def test_round_trip(self, file):
         assert cb.Plan.load(file) == plan()
         assert cb.Plan.load(str(file)) == plan()
+        planned = plan(predicted_kl=0.0012)
+        planned.save(file)
+        assert cb.Plan.load(file) == planned
         settings = [head.setting for head in cb.Plan.load(file).heads[1]]
         assert [setting.correction for setting in settings] == [True, False, False, True]
 
@@ -151,6 +155,7 @@ class TestFile:
         [
             (("tolerance",), "low", "tolerance='low' is not a finite number >= 0"),
             (("min_length",), 1.5, "min_length=1.5 is not an integer"),
+            (("predicted_kl",), "low", "predicted_kl='low' is not a finite number >= 0"),
             (("calibrated_length",), True, "layer 0, head 0, setting, window: length=True is not"),
             (("texts_sha256",), None, "texts_sha256=None is not a fingerprint"),
             (("layers",), {}, "layers is a dict; a list is wanted"),
@@ -194,6 +199,7 @@ class TestFile:
         ("place", "message"),
         [
             (("min_length",), "the file lacks min_length"),
+            (("predicted_kl",), "the file lacks predicted_kl"),
             (("model", "head_dim"), "model lacks head_dim"),
             (("layers", 1, 3, "error"), "layer 1, head 3 lacks error"),
             (("layers", 1, 3, "setting", "blocks"), "layer 1, head 3, setting lacks blocks"),
