@@ -1,5 +1,6 @@
 """convbasis calibrate: the plan, every option, and going on after Ctrl-C and after a kill."""
 
+import inspect
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 import convbasis as cb
+from convbasis.cli import app as commands
 from convbasis.cli.app import app
 from convbasis.cli.interruption import checkpoint_of
 
@@ -20,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("steady")
 @pytest.fixture
 def words(folder, text, tmp_path):
     place = tmp_path / "plan.json"
-    return ["calibrate", folder, "--text", text, "--length", 900, "--budget", "inf", "-o", place]
+    return ["calibrate", folder, "--text", text, "--length", 400, "--budget", "inf", "-o", place]
 
 
 @pytest.fixture
@@ -64,9 +66,10 @@ def test_every_option_changes_the_plan(run, words, tmp_path, text):
         run(*words, *options)
         return cb.Plan.load(tmp_path / "plan.json")
 
+    longer = ("--length", 900)  # than every window
     base = plan("--tolerance", 0.9)
     assert base == plan("--tolerance", 0.9)
-    assert plan("--tolerance", 1e-9).approximated == 0
+    assert plan("--tolerance", 1e-9, *longer).approximated == 0
     worst = max(head.error for head in heads(base))
     assert plan("--tolerance", 1.0001 * worst, "--margin", 1).approximated == 8
     small = plan("--tolerance", 1.0001 * worst, "--margin", 0.01)
@@ -77,7 +80,7 @@ def test_every_option_changes_the_plan(run, words, tmp_path, text):
     spared = plan("--tolerance", 0.9, "--budget", 0.5 * free.predicted_kl)
     assert spared.heads != base.heads
     assert spared.predicted_kl <= 0.5 * free.predicted_kl
-    assert plan("--tolerance", 0.9, "--budget", 0).approximated == 0
+    assert plan("--tolerance", 0.9, "--budget", 0, *longer).approximated == 0
     assert plan("--tolerance", 0.9, "--length", 300).calibrated_length == 300
     errors = [head.error for head in heads(plan("--tolerance", 0.9, "--seed", 5))]
     assert errors != [head.error for head in heads(base)]
@@ -88,6 +91,14 @@ def test_every_option_changes_the_plan(run, words, tmp_path, text):
     moved = tmp_path / "moved.json"
     assert run(*words, "--output", moved)["title"] == "Plan for tiny"
     assert moved.is_file()
+
+
+def test_its_defaults_are_those_of_the_function():
+    command, function = (
+        inspect.signature(call).parameters for call in (commands.calibrate, cb.calibrate)
+    )
+    for name in ("tolerance", "margin", "budget", "seed"):
+        assert command[name].default == function[name].default
 
 
 def test_without_a_text_it_is_the_prose(run, folder, tmp_path):

@@ -157,10 +157,10 @@ def calibrate(
     length: Annotated[int, typer.Option(min=64, metavar="N", help="Tokens of each text.")] = 4096,
     tolerance: Annotated[
         float, typer.Option(metavar="E", help="Largest relative error of a head.")
-    ] = 0.25,
+    ] = 0.3,
     margin: Annotated[
         float, typer.Option(metavar="P", help="Part of it that these texts may use.")
-    ] = 0.8,
+    ] = 0.65,
     budget: Annotated[
         float, typer.Option(metavar="KL", help="Nats that all heads may add up to; inf for any.")
     ] = 0.003,
