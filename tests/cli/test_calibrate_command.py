@@ -173,39 +173,45 @@ def test_ctrl_c_while_times_are_measured(run, fail, words, tmp_path, monkeypatch
 
 KILLED = """
 import os, signal, sys
+import transformers
 import convbasis.plan.ladder as ladder
 import convbasis.integrations.calibrate as calibrate
 from convbasis.cli.app import app
 
 ladder._seconds = lambda run, *i, **o: 2.0 if o.get("is_causal") else 1.0
 real, calls = calibrate.measure, []
+*words, first, second = sys.argv[1:]
 
 def measure(*inputs):
     calls.append(inputs)
-    if len(calls) == int(sys.argv[1]):
+    if len(calls) == last:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*inputs)
 
 calibrate.measure = measure
-app(sys.argv[2:])
+for last, output in ((1, first), (2, second)):
+    child = os.fork()
+    if child == 0:
+        app([*words, "-o", output])
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
-@pytest.mark.parametrize("stopped", [["costs"], ["costs", "0.0"]], ids=["costs", "a layer"])
-def test_after_a_kill_it_goes_on_and_gives_the_same_bytes(run, words, tmp_path, no_times, stopped):
+def test_after_a_kill_it_goes_on_and_gives_the_same_bytes(run, words, tmp_path, no_times):
+    """Killed after the times, and after the first layer."""
     run(*words)
-    plan = tmp_path / "plan.json"
-    whole = plan.read_bytes()
-    plan.unlink()
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", KILLED, str(len(stopped)), *map(str, words)]
+    whole = (tmp_path / "plan.json").read_bytes()
+    killed = [tmp_path / "after times.json", tmp_path / "after a layer.json"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", KILLED, *map(str, words[:-2]), *map(str, killed)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert measured(plan) == stopped
+    assert done.stdout.split() == [str(-signal.SIGKILL)] * 2, done.stderr
+    assert [measured(plan) for plan in killed] == [["costs"], ["costs", "0.0"]]
     no_times()
-    run(*words)
-    assert plan.read_bytes() == whole
-    assert list(tmp_path.iterdir()) == [plan]
+    for plan in killed:
+        run(*words, "-o", plan)
+        assert plan.read_bytes() == whole
+    assert sorted(tmp_path.iterdir()) == sorted([*killed, tmp_path / "plan.json"])
 
 
 def test_another_runs_checkpoint_is_refused_and_kept(fail, words, tmp_path):
