@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arrays import array_from
 from .checks import (
     check_alike,
     check_finite,
@@ -23,6 +24,7 @@ from .convolve.segments import column_segments, lag_mask, segment_stops
 from .convolve.sums import row_sums
 from .dispatch import record_dispatch
 from .errors import FileFormatError, InputError
+from .linear_operator import linear_operator
 from .storage import load_tensors, save_tensors
 
 _FORMAT = "convbasis.ConvBasis"
@@ -196,6 +198,59 @@ class ConvBasis:
         n = self.n
         rows, columns = torch.arange(n, device=self.device), torch.arange(n, device=self.device)
         return self._entries(rows[:, None], columns[None, :])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        """Return the matrices as a NumPy array ``(..., n, n)``, on the CPU and without gradients.
+
+        Args:
+            dtype: of the array; that of the basis by default, float32 for bfloat16.
+            copy: None or True; the array is always a new one.
+
+        Raises:
+            InputError: copy is False.
+
+        Example:
+            >>> import numpy
+            >>> numpy.asarray(ConvBasis(torch.tensor([[1.0, 2.0]]), [0]))
+            array([[1., 0.],
+                   [2., 1.]], dtype=float32)
+        """
+        return array_from(self.to_dense(), dtype, copy)
+
+    def as_linear_operator(self) -> Any:
+        """Return the matrix as a SciPy LinearOperator: NumPy arrays in and out, products alone.
+
+        Its dtype is that of the basis, float32 for half types. Vectors of another dtype are multiplied
+        in float64, complex ones by their parts. It carries no gradients.
+
+        Returns:
+            a ``scipy.sparse.linalg.LinearOperator`` with matvec, rmatvec, matmat and rmatmat.
+
+        Raises:
+            InputError: the basis is a batch.
+            MissingExtraError: SciPy is not installed.
+
+        Complexity:
+            each product as `matmul`.
+
+        Example:
+            >>> import numpy
+            >>> operator = ConvBasis(torch.tensor([[1.0, 2.0]]), [0]).as_linear_operator()
+            >>> operator @ numpy.ones(2), operator.T @ numpy.ones(2)
+            (array([1., 3.]), array([3., 1.]))
+        """
+        if len(self.shape) > 2:
+            raise InputError(
+                f"the basis is a batch of matrices, {tuple(self.shape)}; a LinearOperator is one "
+                "matrix: make one ConvBasis of the segment_kernels and starts of each"
+            )
+
+        def multiply(x: Tensor, transpose: bool) -> Tensor:
+            basis = self if x.dtype == self.dtype else self.to(x.dtype)
+            with torch.no_grad():
+                return basis._apply(x.to(self.device), "auto", None, transpose=transpose)
+
+        return linear_operator(self.n, compute_dtype(self.dtype), multiply)
 
     def column(self, j: int) -> Tensor:
         """Return column j, ``(..., n)``.
@@ -445,6 +500,10 @@ class TransposedConvBasis:
     def to_dense(self) -> Tensor:
         """Return the matrices, ``(..., n, n)``."""
         return self._basis.to_dense().mT
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        """Return the matrices as a NumPy array; see `ConvBasis.__array__`."""
+        return array_from(self.to_dense(), dtype, copy)
 
     def matmul(self, x: Tensor, *, backend: str = "auto", max_bytes: int | None = None) -> Tensor:
         """Return ``A^T x``, a causal correlation; arguments and cost as `ConvBasis.matmul`.

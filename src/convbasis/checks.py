@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
+from .transforms import plain
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -65,6 +66,7 @@ def check_finite(name: str, value: Tensor, relevant: Tensor | None = None) -> fl
     entries = value.detach()
     if relevant is not None:
         entries = entries.masked_fill(~relevant, 0.0)
+    entries, _ = plain(entries)
     low, high = (float(end) for end in entries.aminmax())  # one pass; both are NaN if any entry is
     if not (math.isfinite(low) and math.isfinite(high)):
         where = (~entries.isfinite()).nonzero()

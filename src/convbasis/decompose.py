@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .arrays import SupportsArray, is_array, tensor_from
 from .basis import ConvBasis
 from .checks import check_finite, check_float_tensor, check_nonnegative
 from .errors import InputError
+from .transforms import refuse_mapping
 
 
-def decompose(H: Tensor, *, tol: float = 0.0) -> ConvBasis:
+def decompose(H: Tensor | SupportsArray, *, tol: float = 0.0) -> ConvBasis:
     """Return the smallest conv basis of a lower-triangular matrix, exact or within a tolerance.
 
     A sweep over the columns in lag coordinates. At ``tol = 0`` a segment ends where a column differs
@@ -20,7 +22,8 @@ def decompose(H: Tensor, *, tol: float = 0.0) -> ConvBasis:
     segments.
 
     Args:
-        H: ``(..., n, n)`` floating point, zero above the diagonal.
+        H: ``(..., n, n)`` floating point, zero above the diagonal. A NumPy array, or what becomes one
+            through ``__array__``, gives a basis on the CPU in its dtype; integers and bools float64.
         tol: the largest error of an entry, in the units of H.
 
     Returns:
@@ -29,8 +32,8 @@ def decompose(H: Tensor, *, tol: float = 0.0) -> ConvBasis:
         exact decomposition (tol = 0) alone.
 
     Raises:
-        InputError: H is not floating point, not square, not lower triangular, or not finite; tol is
-            negative or not finite.
+        InputError: H is no tensor of floating-point or array of real numbers, not square, not lower
+            triangular, or not finite; tol is negative or not finite.
 
     Complexity:
         O(n^2) time and O(k n) memory for each matrix.
@@ -44,12 +47,15 @@ def decompose(H: Tensor, *, tol: float = 0.0) -> ConvBasis:
         >>> cb.decompose(H).starts
         tensor([0, 2])
     """
-    check_float_tensor("H", H)
+    if is_array(H):
+        H = tensor_from("H", H)
+    H = check_float_tensor("H", H)
     if H.ndim < 2 or H.shape[-1] != H.shape[-2] or H.shape[-1] == 0:
         raise InputError(
             f"H has shape {tuple(H.shape)}; square matrices (..., n, n) with n >= 1 are wanted"
         )
     within = check_nonnegative("tol", tol)
+    refuse_mapping("decompose", H)
     check_finite("H", H)
     above = H.detach().triu(1)
     if bool((above != 0).any()):

@@ -21,6 +21,7 @@ from .checks import (
 from .convolve.segments import lag_mask
 from .errors import ConvBasisWarning, InputError
 from .logits import segment_logits
+from .transforms import refuse_mapping
 
 SEARCHES = ("linear", "binary")
 _LANES = 16  # thresholds tried at once by the search for the largest one
@@ -109,8 +110,9 @@ def recover(
             f"q has shape {tuple(q.shape)} and k {tuple(k.shape)}; both must be (..., n, d) with "
             "n, d >= 1; expand the heads of k where they are shared"
         )
-    check_finite("q", q)
-    check_finite("k", k)
+    for name, tensor in (("q", q), ("k", k)):
+        refuse_mapping("recover", tensor)
+        check_finite(name, tensor)
     *batch, n, d = q.shape
     options = search_options(n, num_bases, window, delta, epsilon, search)
     factor = check_scale(scale, d)

@@ -23,6 +23,7 @@ from convbasis.plan.ladder import default_ladder
 
 pytestmark = pytest.mark.usefixtures("steady")
 LADDER = (HeadSetting(8, 1, 0), HeadSetting(512))
+COSTS = [0.25, 0.5]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def weights(given):
 
 
 def test_heads_seen_from_near_are_means_of_weights(given, weights):
-    found = profile(given, LADDER, 0, True)
+    found = profile(given, LADDER, COSTS, 0, True)
     names = one_hot(torch.arange(256) // 4).float()
     expected = names.t() @ weights @ names / 4
     for head, view in enumerate(found.seen):
@@ -50,14 +51,15 @@ def test_heads_seen_from_near_are_means_of_weights(given, weights):
         torch.testing.assert_close(torch.tensor(view.approximate), torch.tensor(view.exact))
         sums = torch.tensor(view.exact).sum(-1)
         torch.testing.assert_close(sums, torch.ones(64), rtol=0, atol=1e-4)
-    narrow = profile(given, LADDER[:1], 0, True).seen[0]
+    narrow = profile(given, LADDER[:1], COSTS[:1], 0, True).seen[0]
     assert torch.tensor(narrow.approximate)[63, :60].abs().max() < torch.tensor(narrow.exact).max()
     assert narrow.approximate != narrow.exact
-    assert profile(given, LADDER, 0, False).seen == []
+    assert profile(given, LADDER, COSTS, 0, False).seen == []
 
 
 def test_masses_and_lags_are_those_of_the_weights(given, weights):
-    found = profile(given, LADDER, 0, False)
+    found = profile(given, LADDER, COSTS, 0, False)
+    assert found.costs == COSTS
     sizes = lengths(256)
     assert sizes == (256, 32, 16)
     lag = torch.arange(256)[:, None] - torch.arange(256)
@@ -80,7 +82,7 @@ def test_a_head_that_looks_at_one_column_shows_it():
     key = torch.zeros(1, 1, n, 4)
     key[0, 0, 40] = 20.0
     value = torch.randn(1, 1, n, 4)
-    found = profile(CapturedLayer(query, key, value, 1.0), LADDER, 0, False)
+    found = profile(CapturedLayer(query, key, value, 1.0), LADDER, COSTS, 0, False)
     assert found.columns[0] > 0.6
     assert found.near[0] < 0.4
     # Two segments: everything before the column and the rest, each of one value at each lag.
@@ -129,9 +131,9 @@ def test_every_option_changes_the_result(run, folder, text, tmp_path):
     assert changed("--length", 200) != base
     assert changed("--seed", 1) != base
     assert dict(base["summary"])["heads looked at"] == 4
-    long = by_title(changed("--length", 512, "--tolerance", 0.9), "suits")[1]
+    long = by_title(changed("--length", 900, "--tolerance", 0.9), "suits")[1]
     assert all(word.startswith("window") for word in long)
-    strict = by_title(changed("--length", 512, "--tolerance", 1e-9), "suits")[1]
+    strict = by_title(changed("--length", 900, "--tolerance", 1e-9), "suits")[1]
     assert strict == ["exact: none is good enough"] * 4
     prose = run("analyze", folder, "--length", 128, "--layers", "1")
     assert prose["provenance"]["sources"][0]["name"] == "prose of the standard library"
@@ -151,7 +153,10 @@ def test_a_page_is_asked_for(run, folder, text, tmp_path, pages):
     assert len(report.heads) == 8
 
 
-def test_a_stopped_analysis_goes_on_and_gives_the_same(fail, run, folder, text, tmp_path, monkeypatch):
+@pytest.mark.parametrize("stopped", [["costs"], ["costs", "0"]], ids=["costs", "a layer"])
+def test_a_stopped_analysis_goes_on_and_gives_the_same(
+    fail, run, folder, text, tmp_path, monkeypatch, stopped
+):
     words = ["analyze", folder, "--text", text, "--length", 128]
     whole = run(*words)
     place = tmp_path / "r.json"
@@ -160,7 +165,7 @@ def test_a_stopped_analysis_goes_on_and_gives_the_same(fail, run, folder, text, 
 
     def stop(*inputs):
         calls.append(inputs)
-        if len(calls) == 2:
+        if len(calls) == len(stopped):
             raise KeyboardInterrupt
         return real(*inputs)
 
@@ -168,8 +173,14 @@ def test_a_stopped_analysis_goes_on_and_gives_the_same(fail, run, folder, text, 
     line = fail(*words, "--json", place, code=130)
     assert str(checkpoint_of(place)) in line
     assert not place.exists()
+    assert list(json.loads(checkpoint_of(place).read_text())["measured"]) == stopped
+
+    def again(*_, **__):
+        raise AssertionError("times are measured once")
+
+    monkeypatch.setattr("convbasis.plan.ladder._seconds", again)
     assert CliRunner().invoke(app, [*map(str, words), "--json", str(place)]).exit_code == 0
-    assert len(calls) == 3  # the first layer was not measured again
+    assert len(calls) == 3  # the stopped layer twice, no other again
     found = json.loads(place.read_text())
     found.pop("provenance"), whole.pop("provenance")
     assert found == whole

@@ -1,5 +1,6 @@
 """convbasis calibrate: the plan, every option, and going on after Ctrl-C and after a kill."""
 
+import inspect
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 import convbasis as cb
+from convbasis.cli import app as commands
 from convbasis.cli.app import app
 from convbasis.cli.interruption import checkpoint_of
 
@@ -19,7 +21,26 @@ pytestmark = pytest.mark.usefixtures("steady")
 
 @pytest.fixture
 def words(folder, text, tmp_path):
-    return ["calibrate", folder, "--text", text, "--length", 512, "-o", tmp_path / "plan.json"]
+    place = tmp_path / "plan.json"
+    return ["calibrate", folder, "--text", text, "--length", 400, "--budget", "inf", "-o", place]
+
+
+@pytest.fixture
+def no_times(monkeypatch):
+    """Make measuring a time from now on a failure."""
+
+    def refuse():
+        def seconds(*_, **__):
+            raise AssertionError("times are measured once")
+
+        monkeypatch.setattr("convbasis.plan.ladder._seconds", seconds)
+
+    return refuse
+
+
+def measured(plan):
+    """What the checkpoint of a plan holds."""
+    return list(json.loads(checkpoint_of(plan).read_text())["measured"])
 
 
 def heads(plan):
@@ -31,6 +52,7 @@ def test_a_plan_is_written_and_told(run, words, tmp_path):
     plan = cb.Plan.load(tmp_path / "plan.json")
     assert plan.approximated == 8
     assert dict(content["summary"])["heads approximated"] == "8 of 8"
+    assert dict(content["summary"])["predicted KL, nats"] is None
     assert [head.error for head in plan.heads[0]] == pytest.approx(
         content["maps"][1]["values"][0], 1e-4
     )
@@ -44,23 +66,39 @@ def test_every_option_changes_the_plan(run, words, tmp_path, text):
         run(*words, *options)
         return cb.Plan.load(tmp_path / "plan.json")
 
+    longer = ("--length", 900)  # than every window
     base = plan("--tolerance", 0.9)
     assert base == plan("--tolerance", 0.9)
-    assert plan("--tolerance", 1e-9).approximated == 0
+    assert plan("--tolerance", 1e-9, *longer).approximated == 0
     worst = max(head.error for head in heads(base))
     assert plan("--tolerance", 1.0001 * worst, "--margin", 1).approximated == 8
     small = plan("--tolerance", 1.0001 * worst, "--margin", 0.01)
     assert max(head.error for head in heads(small)) <= 0.01 * small.tolerance < worst
+    free = plan("--tolerance", 0.9, "--budget", 1e9)
+    assert free.heads == base.heads
+    assert free.predicted_kl > 0
+    spared = plan("--tolerance", 0.9, "--budget", 0.5 * free.predicted_kl)
+    assert spared.heads != base.heads
+    assert spared.predicted_kl <= 0.5 * free.predicted_kl
+    assert plan("--tolerance", 0.9, "--budget", 0, *longer).approximated == 0
     assert plan("--tolerance", 0.9, "--length", 300).calibrated_length == 300
     errors = [head.error for head in heads(plan("--tolerance", 0.9, "--seed", 5))]
     assert errors != [head.error for head in heads(base)]
     other = tmp_path / "other.txt"
-    other.write_text(text.read_text()[700:])
+    other.write_text(text.read_text()[600:])
     both = plan("--tolerance", 0.9, "--text", other)
     assert both.texts_sha256 != base.texts_sha256
     moved = tmp_path / "moved.json"
     assert run(*words, "--output", moved)["title"] == "Plan for tiny"
     assert moved.is_file()
+
+
+def test_its_defaults_are_those_of_the_function():
+    command, function = (
+        inspect.signature(call).parameters for call in (commands.calibrate, cb.calibrate)
+    )
+    for name in ("tolerance", "margin", "budget", "seed"):
+        assert command[name].default == function[name].default
 
 
 def test_without_a_text_it_is_the_prose(run, folder, tmp_path):
@@ -73,64 +111,107 @@ def test_a_page_is_asked_for(run, words, tmp_path, pages):
     assert [place for _, place in pages] == [tmp_path / "r.html"]
 
 
-def test_after_ctrl_c_it_goes_on_and_gives_the_same_bytes(run, fail, words, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("stopped", "held"),
+    [(1, ["costs"]), (2, ["costs", "0.0"]), (3, ["costs", "0.0", "0.1"])],
+    ids=["before errors", "between layers", "before sensitivities"],
+)
+def test_after_ctrl_c_it_goes_on_and_gives_the_same_bytes(
+    run, fail, words, tmp_path, monkeypatch, no_times, stopped, held
+):
+    words += ["--budget", 1]
     run(*words)
     plan = tmp_path / "plan.json"
     whole = plan.read_bytes()
     plan.unlink()
-    real = cb.integrations.calibrate.measure
     calls = []
 
-    def stop(*inputs):
-        calls.append(inputs)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*inputs)
+    def stopping(real):
+        def stop(*inputs, **options):
+            calls.append(real)
+            if len(calls) == stopped:
+                raise KeyboardInterrupt
+            return real(*inputs, **options)
 
-    monkeypatch.setattr("convbasis.integrations.calibrate.measure", stop)
+        return stop
+
+    for name in ("measure", "head_sensitivities"):
+        whose = getattr(cb.integrations.calibrate, name)
+        monkeypatch.setattr(f"convbasis.integrations.calibrate.{name}", stopping(whose))
     line = fail(*words, code=130)
     assert str(checkpoint_of(plan)) in line
-    assert list(json.loads(checkpoint_of(plan).read_text())["measured"]) == ["0.0"]
+    assert measured(plan) == held
     assert not plan.exists()
+    no_times()
     run(*words)
-    assert len(calls) == 3  # the first layer was not measured again
+    assert len(calls) == 4  # what was stopped twice, nothing else again
     assert plan.read_bytes() == whole
     assert list(tmp_path.iterdir()) == [plan]
 
 
+def test_ctrl_c_while_times_are_measured(run, fail, words, tmp_path, monkeypatch):
+    from convbasis.plan import ladder
+
+    run(*words)
+    plan = tmp_path / "plan.json"
+    whole = plan.read_bytes()
+    plan.unlink()
+    steady, calls = ladder._seconds, []
+
+    def stop(*inputs, **options):
+        calls.append(inputs)
+        if len(calls) == 20:
+            raise KeyboardInterrupt
+        return steady(*inputs, **options)
+
+    monkeypatch.setattr("convbasis.plan.ladder._seconds", stop)
+    assert fail(*words, code=130) == "interrupted"
+    assert list(tmp_path.iterdir()) == []
+    run(*words)
+    assert plan.read_bytes() == whole
+
+
 KILLED = """
 import os, signal, sys
+import transformers
 import convbasis.plan.ladder as ladder
 import convbasis.integrations.calibrate as calibrate
 from convbasis.cli.app import app
 
 ladder._seconds = lambda run, *i, **o: 2.0 if o.get("is_causal") else 1.0
 real, calls = calibrate.measure, []
+*words, first, second = sys.argv[1:]
 
 def measure(*inputs):
     calls.append(inputs)
-    if len(calls) == 2:
+    if len(calls) == last:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*inputs)
 
 calibrate.measure = measure
-app(sys.argv[1:])
+for last, output in ((1, first), (2, second)):
+    child = os.fork()
+    if child == 0:
+        app([*words, "-o", output])
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
-def test_after_a_kill_it_goes_on_and_gives_the_same_bytes(run, words, tmp_path):
+def test_after_a_kill_it_goes_on_and_gives_the_same_bytes(run, words, tmp_path, no_times):
+    """Killed after the times, and after the first layer."""
     run(*words)
-    plan = tmp_path / "plan.json"
-    whole = plan.read_bytes()
-    plan.unlink()
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", KILLED, *map(str, words)]
+    whole = (tmp_path / "plan.json").read_bytes()
+    killed = [tmp_path / "after times.json", tmp_path / "after a layer.json"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", KILLED, *map(str, words[:-2]), *map(str, killed)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert list(json.loads(checkpoint_of(plan).read_text())["measured"]) == ["0.0"]
-    run(*words)
-    assert plan.read_bytes() == whole
-    assert list(tmp_path.iterdir()) == [plan]
+    assert done.stdout.split() == [str(-signal.SIGKILL)] * 2, done.stderr
+    assert [measured(plan) for plan in killed] == [["costs"], ["costs", "0.0"]]
+    no_times()
+    for plan in killed:
+        run(*words, "-o", plan)
+        assert plan.read_bytes() == whole
+    assert sorted(tmp_path.iterdir()) == sorted([*killed, tmp_path / "plan.json"])
 
 
 def test_another_runs_checkpoint_is_refused_and_kept(fail, words, tmp_path):
@@ -150,15 +231,14 @@ def test_a_disk_that_fills_up_keeps_what_was_measured(fail, words, tmp_path, mon
 
     def full(path, write):
         written.append(path)
-        if len(written) == 2:
+        if len(written) == 3:
             raise OSError(28, "No space left on device")
         real(path, write)
 
     monkeypatch.setattr("convbasis.storage.write_beside", full)
     assert fail(*words, code=3) == "error: No space left on device"
-    kept = checkpoint_of(tmp_path / "plan.json")
-    assert list(json.loads(kept.read_text())["measured"]) == ["0.0"]
-    assert list(tmp_path.iterdir()) == [kept]
+    assert measured(tmp_path / "plan.json") == ["costs", "0.0"]
+    assert list(tmp_path.iterdir()) == [checkpoint_of(tmp_path / "plan.json")]
 
 
 @pytest.mark.parametrize(
@@ -167,6 +247,7 @@ def test_a_disk_that_fills_up_keeps_what_was_measured(fail, words, tmp_path, mon
         (["--tolerance", "0"], "tolerance=0 allows no approximation"),
         (["--tolerance", "nan"], "tolerance=nan"),
         (["--margin", "2"], "margin=2.0 is not in"),
+        (["--budget", "-1"], "budget=-1.0 is not a finite number >= 0"),
         (["--length", "1501"], "random.txt: the text has 1500 tokens; 1501 are wanted"),
         (["--length", "5000"], "5000 tokens are more than the 4096 positions"),
         (["--text", "/no/such/file"], "there is no file '/no/such/file'"),

@@ -48,7 +48,7 @@ def test_help_names_commands_and_exit_codes():
 NAMED = "import sys; sys.argv = ['convbasis']\nfrom convbasis.cli import main; main()"
 
 
-def test_completion_knows_the_commands():
+def test_completion_knows_the_commands(monkeypatch):
     done = subprocess.run(
         [sys.executable, "-c", NAMED],
         env={
@@ -60,6 +60,8 @@ def test_completion_knows_the_commands():
         check=False,
     )  # fmt: skip
     assert done.stdout.split() == ["doctor"], done.stderr
+    # Which shell runs the tests is not asked.
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
     shown_script = runner.invoke(app, ["--show-completion", "bash"])
     assert "--install-completion" in runner.invoke(app, ["--help"]).stdout
     assert "COMP_WORDS" in shown_script.output
@@ -129,7 +131,7 @@ def test_json_is_strict_and_complete(tmp_path, capsys):
     assert content["summary"] == [["a", 1.5], ["b", None]]
     deliver(made, Console(stderr=True), Path("-"), None)
     assert json.loads(capsys.readouterr().out) == content
-    with pytest.raises(ValueError, match="not JSON compliant"):
+    with pytest.raises(cb.InputError, match=r"summary\[0\]\[1\] is nan; every number must be finite"):
         report_json(report(summary=(("a", float("nan")),)))
 
 
@@ -215,20 +217,21 @@ def test_numbers_and_cells():
     setting = HeadSetting(64, 4, 8, 2, "segments", True)
     assert in_words(setting, 100) == "window 64, 8 columns, 2 blocks, weighed segments"
     assert in_words(HeadSetting(64, 4, 0), 32) == "window 32"
+    assert in_words(HeadSetting(64, 4, 0, correction=True), 100) == "window 64, correction"
     assert in_words(None, 32) == "exact"
 
 
 def test_commands_of_others_get_their_options(tmp_path, monkeypatch):
     called = []
-    for name in ("decompose", "report"):
+    for name in ("decompose", "report"):  # imported when they run
         module = types.ModuleType(f"convbasis.cli.{name}")
         setattr(module, f"run_{name}", lambda *given: called.append(given))
         monkeypatch.setitem(sys.modules, f"convbasis.cli.{name}", module)
     words = ["decompose", "m.npz", "--tol", "0.5", "--key", "a", "-o", "b", "--json", "c"]
     assert runner.invoke(app, words).exit_code == 0
-    assert called[0][:-1] == (Path("m.npz"), Path("b"), 0.5, "a", Path("c"))
+    assert called[0][:-1] == (Path("m.npz"), Path("b"), 0.5, "a", Path("c"), None)
     assert runner.invoke(app, ["decompose", "m.npy"]).exit_code == 0
-    assert called[1][:-1] == (Path("m.npy"), None, 0.0, None, None)
+    assert called[1][:-1] == (Path("m.npy"), None, 0.0, None, None, None)
     assert runner.invoke(app, ["report", "r.json", "-o", "r.html"]).exit_code == 0
     assert called[2][:-1] == (Path("r.json"), Path("r.html"))
     assert all(isinstance(given[-1], Console) for given in called)

@@ -18,6 +18,8 @@ SETTINGS = [
     {**SMALL, "far_field": "segments", "num_segments": 16},
     {**SMALL, "far_field": "segments", "num_segments": 16, "key_weights": True, "blocks": 1},
     {**SMALL, "far_field": "conv"},
+    {**SMALL, "correction": True},
+    {**SMALL, "blocks": 1, "correction": True},
 ]
 
 
@@ -211,7 +213,7 @@ def test_bounds_of_real_heads_hold(layers):
             stats = cb.hybrid_attention_stats(*inputs, scale=layer.scale, enable_gqa=True, **options)
             ratios.append(stats.error_estimate / true_error(stats, *inputs, layer.scale))
     ratios = torch.stack(ratios)
-    assert ratios.shape == (21, 1, 9)
+    assert ratios.shape == (27, 1, 9)
     assert (ratios >= 1.0).double().mean() >= 0.95
     assert 1.0 < ratios.median() <= 2.0
 

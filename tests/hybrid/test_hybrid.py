@@ -285,6 +285,7 @@ class TestOptions:
         [
             ("window", 90), ("sinks", 0), ("columns", 8), ("blocks", 2), ("far_field", "none"),
             ("num_segments", 2), ("key_weights", False), ("samples", 30), ("scale", 0.1), ("seed", 1),
+            ("correction", True),
         ],
     )  # fmt: skip
     def test_each_changes_the_result(self, name, other):
@@ -328,6 +329,10 @@ class TestOptions:
         assert 0 < stats.dispatch.sampled_rows <= 3 * SMALL["samples"]
         stats = cb.hybrid_attention_stats(*inputs, **SMALL, far_field="conv")
         assert stats.dispatch.parts == ("window", "columns", "conv")
+        more = cb.hybrid_attention_stats(*inputs, **SMALL, far_field="conv", correction=True)
+        assert more.dispatch.parts == ("window", "columns", "conv", "correction")
+        # Four rows in each of the two whole blocks of 128 after the one where the first window ends.
+        assert more.dispatch.sampled_rows == stats.dispatch.sampled_rows + 8
         plain = cb.hybrid_attention_stats(*inputs, window=30, sinks=0, columns=0)
         assert plain.dispatch.parts == ("window",)
         assert plain.dispatch.keys_per_query == 30
@@ -362,6 +367,7 @@ class Largest(TorchDispatchMode):
     [
         {},
         {"blocks": 2},
+        {"blocks": 2, "correction": True},
         {"far_field": "segments", "num_segments": 32},
         {"far_field": "segments", "blocks": 2, "num_segments": 32, "key_weights": True},
         {"far_field": "conv"},
@@ -400,6 +406,7 @@ class TestInputErrors:
             ({"scale": float("nan")}, r"scale=nan is not a finite number"),
             ({"scale": "x"}, r"scale='x' is not a finite number"),
             ({"key_weights": "yes"}, r"key_weights='yes' is neither True nor False"),
+            ({"correction": 1}, r"correction=1 is neither True nor False"),
             ({"seed": 1.5}, r"seed=1.5 is not an integer"),
             ({"seed": -1}, r"seed=-1 is not an integer >= 0"),
             ({"seed": 2**62}, r"seed=\d+ is too large; give one below 2\^62"),

@@ -364,6 +364,7 @@ class TestErrors:
                 "far_field='conv' with strict=True: its factors are fitted to rows",
             ),
             ({"far_field": "segments", "key_weights": True}, "key_weights=True with strict=True"),
+            ({"correction": True}, "correction=True with strict=True: the rows that correct a block"),
         ],
         ids=str,
     )

@@ -39,13 +39,13 @@ def test_a_plan_states_every_head_and_holds_to_the_tolerance(model, ids, monkeyp
     monkeypatch.setattr("convbasis.plan.ladder._seconds", lambda *_, **__: 1e-3)
     before = model.config._attn_implementation
     # Exact attention and every setting take the same time here: nothing is cheaper.
-    assert cb.calibrate(model, ids, tolerance=10.0, ladder=LADDER).approximated == 0
+    assert cb.calibrate(model, ids, tolerance=10.0, budget=None, ladder=LADDER).approximated == 0
 
     def seconds(run, query, *inputs, **options):
         return 2.0 if options.get("is_causal") and query.shape[2] > 512 else 1.0
 
     monkeypatch.setattr("convbasis.plan.ladder._seconds", seconds)
-    loose = cb.calibrate(model, ids, tolerance=10.0, ladder=LADDER)
+    loose = cb.calibrate(model, ids, tolerance=10.0, budget=None, ladder=LADDER)
     assert loose.approximated == 12
     assert (loose.calibrated_length, loose.min_length, loose.tolerance) == (600, 512, 10.0)
     assert all(head.cost == 0.5 and head.error <= 10.0 for layer in loose.heads for head in layer)
@@ -53,7 +53,7 @@ def test_a_plan_states_every_head_and_holds_to_the_tolerance(model, ids, monkeyp
     assert tight.approximated == 0
     # The margin is a part of the tolerance.
     worst = max(head.error for layer in loose.heads for head in layer)
-    whole = {"ladder": LADDER[:1], "tolerance": 1.001 * worst}
+    whole = {"ladder": LADDER[:1], "budget": None, "tolerance": 1.001 * worst}
     every = cb.calibrate(model, ids, **whole, margin=1.0)
     some = cb.calibrate(model, ids, **whole, margin=0.8)
     assert every.tolerance == some.tolerance
@@ -64,7 +64,34 @@ def test_a_plan_states_every_head_and_holds_to_the_tolerance(model, ids, monkeyp
     loose.check_model(model)
 
 
-def test_a_stopped_calibration_goes_on(model, ids, tmp_path):
+def test_heads_share_a_budget(model, ids, monkeypatch, tmp_path):
+    def seconds(run, query, key, value, *rest, **options):
+        return 2.0 if options.get("is_causal") else 1.0 if rest[0].window == 32 else 1.5
+
+    monkeypatch.setattr("convbasis.plan.ladder._seconds", seconds)
+    # What is measured does not depend on the budget.
+    options = {"tolerance": 10.0, "ladder": LADDER, "checkpoint": tmp_path / "measured"}
+
+    def plan(budget):
+        return cb.calibrate(model, ids, budget=budget, **options)
+
+    free = plan(None)
+    assert free.predicted_kl is None
+    everything = plan(1e9)
+    assert everything.heads == free.heads
+    last, cost = everything.predicted_kl, 0.0
+    for part in (0.5, 0.1, 0.0):
+        own = plan(part * everything.predicted_kl)
+        assert own.predicted_kl <= part * everything.predicted_kl
+        assert own.predicted_kl < last
+        last, before = own.predicted_kl, cost
+        cost = sum(head.cost for layer in own.heads for head in layer)
+        assert cost > before
+    assert (last, own.approximated) == (0.0, 0)
+    assert cb.calibrate(model, ids, **options).predicted_kl <= 0.003
+
+
+def test_a_stopped_calibration_goes_on(model, ids, tmp_path, monkeypatch):
     file = tmp_path / "measured.json"
 
     class Stop(Exception): ...
@@ -77,12 +104,21 @@ def test_a_stopped_calibration_goes_on(model, ids, tmp_path):
     with pytest.raises(Stop):
         cb.calibrate(model, ids, ladder=LADDER, checkpoint=file, progress=stop)
     kept = json.loads(file.read_text())["measured"]
-    assert len(kept) == 4
+    assert list(kept) == ["costs", "0.0", "0.1", "0.2", "1.0"]
+    assert list(kept["costs"]) == ["costs", "shortest"]
+    assert [len(of_each) for of_each in kept["costs"].values()] == [2, 2]
+    assert list(kept["1.0"]) == ["bounds", "errors"]
+
+    def again(*_, **__):
+        raise AssertionError("times are measured once")
+
+    monkeypatch.setattr("convbasis.plan.ladder._seconds", again)
     done = []
     cb.calibrate(model, ids, ladder=LADDER, checkpoint=file, progress=lambda d, _: done.append(d))
     assert done == [4, 4, 4, 4, 5, 6]
     after = json.loads(file.read_text())["measured"]
     assert {name: after[name] for name in kept} == kept
+    assert list(after) == [*kept, "1.1", "1.2", "sensitivities"]
     with pytest.raises(cb.FileFormatError, match="another calibration"):
         cb.calibrate(model, ids, ladder=LADDER, checkpoint=file, seed=1)
     file.write_text("{")
@@ -100,6 +136,7 @@ def test_a_stopped_calibration_goes_on(model, ids, tmp_path):
         (torch.arange(100) % 64, {"ladder": ()}, "ladder is empty"),
         (torch.arange(100) % 64, {"margin": 0.0}, r"margin=0.0 is not in \(0, 1\]"),
         (torch.arange(100) % 64, {"margin": 1.5}, r"margin=1.5 is not in \(0, 1\]"),
+        (torch.arange(100) % 64, {"budget": -0.1}, "budget=-0.1 is not a finite number >= 0"),
     ],
 )
 def test_bad_input_is_refused(model, texts, options, message):

@@ -21,6 +21,7 @@ def grown(far_field="none"):
         blocks=0 if far_field == "conv" else 1,
         far_field=far_field,
         key_weights=far_field == "segments",
+        correction=far_field == "none",
     )
 
 
@@ -66,6 +67,7 @@ class TestPlan:
             ({"calibrated_length": 0}, "calibrated_length=0 is not a positive integer"),
             ({"calibrated_length": 600}, "window of layer 0, head 0 is stated for 512 tokens"),
             ({"min_length": -1}, "min_length=-1 is not an integer >= 0"),
+            ({"predicted_kl": -0.1}, "predicted_kl=-0.1 is not a finite number >= 0"),
             ({"heads": ()}, "heads has 0 layers; the model has 2"),
             ({"heads": ((), ())}, "heads of layer 0 are 0; the model has 4 a layer"),
         ],
@@ -86,6 +88,11 @@ class TestFile:
     def test_round_trip(self, file):
         assert cb.Plan.load(file) == plan()
         assert cb.Plan.load(str(file)) == plan()
+        planned = plan(predicted_kl=0.0012)
+        planned.save(file)
+        assert cb.Plan.load(file) == planned
+        settings = [head.setting for head in cb.Plan.load(file).heads[1]]
+        assert [setting.correction for setting in settings] == [True, False, False, True]
 
     def test_one_head_a_line(self, file):
         lines = file.read_text().splitlines()
@@ -113,6 +120,9 @@ class TestFile:
             plan().save(tmp_path)
 
     def test_every_truncation_is_refused(self, file):
+        small = dataclasses.replace(SHAPE, layers=1, heads=3, kv_heads=1)
+        kinds = (HeadPlan(grown(), 0.01, 0.2), HeadPlan(None), HeadPlan(HeadSetting(64), 0.05))
+        plan(model=small, heads=(kinds,)).save(file)
         text = file.read_text()
         for length in range(len(text.rstrip())):
             file.write_text(text[:length])
@@ -145,6 +155,7 @@ class TestFile:
         [
             (("tolerance",), "low", "tolerance='low' is not a finite number >= 0"),
             (("min_length",), 1.5, "min_length=1.5 is not an integer"),
+            (("predicted_kl",), "low", "predicted_kl='low' is not a finite number >= 0"),
             (("calibrated_length",), True, "layer 0, head 0, setting, window: length=True is not"),
             (("texts_sha256",), None, "texts_sha256=None is not a fingerprint"),
             (("layers",), {}, "layers is a dict; a list is wanted"),
@@ -158,6 +169,7 @@ class TestFile:
             (("layers", 1, 2, "setting", "sinks"), 1.5, "layer 1, head 2, setting: sinks=1.5 is not"),
             (("layers", 1, 2, "setting", "far_field"), "x", "layer 1, head 2, setting: far_field='x'"),
             (("layers", 1, 2, "setting", "key_weights"), 0, "layer 1, head 2, setting: key_weights=0"),
+            (("layers", 1, 2, "setting", "correction"), 1, "layer 1, head 2, setting: correction=1 is"),
             (
                 ("layers", 1, 2, "setting", "window", "power"), [],
                 "layer 1, head 2, setting, window: power=a list is not a finite number",
@@ -187,9 +199,11 @@ class TestFile:
         ("place", "message"),
         [
             (("min_length",), "the file lacks min_length"),
+            (("predicted_kl",), "the file lacks predicted_kl"),
             (("model", "head_dim"), "model lacks head_dim"),
             (("layers", 1, 3, "error"), "layer 1, head 3 lacks error"),
             (("layers", 1, 3, "setting", "blocks"), "layer 1, head 3, setting lacks blocks"),
+            (("layers", 1, 3, "setting", "correction"), "layer 1, head 3, setting lacks correction"),
             (("layers", 1, 3, "setting", "window", "power"), "head 3, setting, window lacks power"),
         ],
         ids=str,

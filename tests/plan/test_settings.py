@@ -48,8 +48,10 @@ class TestSize:
 
 class TestHeadSetting:
     def test_whole_numbers_stay_at_every_length(self):
-        setting = HeadSetting(32, sinks=2, columns=8, blocks=3, far_field="segments", key_weights=True)
-        assert setting.at(1000) == setting.at(100_000) == (32, 2, 8, 3, "segments", True)
+        setting = HeadSetting(
+            32, sinks=2, columns=8, blocks=3, far_field="segments", key_weights=True, correction=True
+        )
+        assert setting.at(1000) == setting.at(100_000) == (32, 2, 8, 3, "segments", True, True)
 
     def test_each_size_grows_by_its_own_rule(self):
         setting = HeadSetting(
@@ -58,7 +60,7 @@ class TestHeadSetting:
             columns=Size(16, length=100, power=1.0),
             blocks=Size(2, length=100, power=0.5),
         )
-        assert setting.at(400) == (128, 4, 64, 4, "none", False)
+        assert setting.at(400) == (128, 4, 64, 4, "none", False, False)
 
     def test_keys_are_never_more_than_the_prompt(self):
         assert HeadSetting(window=64, sinks=20, columns=50).at(10)[:3] == (10, 10, 10)
@@ -75,6 +77,7 @@ class TestHeadSetting:
                 "far_field='conv' with blocks=2: a convolution cannot",
             ),
             ({"key_weights": 1}, "key_weights=1 is not True or False"),
+            ({"correction": "yes"}, "correction='yes' is not True or False"),
             ({"far_field": "mean"}, "far_field='mean' is not known; use one of 'none'"),
         ],
         ids=str,

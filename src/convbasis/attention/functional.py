@@ -20,9 +20,10 @@ from ..checks import (
 )
 from ..dispatch import Dispatch, check_backend, last_dispatch, merged, record_dispatch
 from ..errors import InputError
+from ..transforms import refuse_transforms, seen_through
 from .call import Biases, Options, attend, folded
 from .documents import Document, check_documents, cut, document_starts, grouped, joined
-from .ops import ConvBasisAttentionFunction
+from .ops import ConvBasisAttentionFunction, TransformedAttentionFunction
 from .segments import check_segments, starts_tensor
 
 # Tensors that need no operator to be seen through: no tracing, no vmap, no subclass of its own ways.
@@ -219,6 +220,7 @@ def conv_basis_attention_stats(
         >>> cb.conv_basis_attention_stats(q, k, v, num_bases=4).basis.shape
         torch.Size([1, 2, 300, 300])
     """
+    refuse_transforms("conv_basis_attention_stats", "conv_basis_attention")
     if document_lengths is not None:
         raise InputError(
             "document_lengths was given, but packed documents are not one conv basis; call this "
@@ -328,8 +330,10 @@ def _attend(
             max_bytes=max_bytes,
         )
     begins = starts
+    operation: type[ConvBasisAttentionFunction] = TransformedAttentionFunction
     if torch.compiler.is_compiling():  # a graph takes options as they are; the operator checks them
         begins = starts_tensor(starts, query.device)
+        operation = ConvBasisAttentionFunction
     else:
         request = check_segments(
             query.shape[0],
@@ -347,12 +351,13 @@ def _attend(
         begins = None if starts is None else request.starts
         tensors = [x for x in (query, key, value, key_bias, lag_bias) if x is not None]
         recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        recorded = recorded or seen_through(*tensors)
         if not recorded and all(type(tensor) in _PLAIN for tensor in tensors) and not query.is_meta:
             biases, options = Biases(key_bias, lag_bias), Options(factor, backend, max_bytes)
             call = attend(query, key, value, request, key_padding_mask, biases, options)
             output = call.output if result is None else call.output.to(result)
             return output, call.lse, call.starts
-    output, lse, used = ConvBasisAttentionFunction.apply(
+    output, lse, used = operation.apply(
         query,
         key,
         value,

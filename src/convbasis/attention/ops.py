@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..convolve import DEFAULT_MAX_BYTES
-from ..errors import ConvBasisError
+from ..transforms import as_batch, final, no_forward_mode
 from .backward import conv_basis_bwd
 from .call import Biases, Options, attend, folded
 from .gradients import Wanted
@@ -121,8 +121,8 @@ def attention_backward_op(
     with torch.autocast(query.device.type, enabled=False):
         grads = conv_basis_bwd(
             inputs,
-            output.view(*shape, *output.shape[2:]),
-            lse.view(*shape, -1),
+            output.reshape(*shape, *output.shape[2:]),
+            lse.reshape(*shape, -1),
             grad_output.reshape(*shape, *output.shape[2:]),
             grad_lse.reshape(*shape, -1),
             Wanted(
@@ -161,6 +161,18 @@ def _(  # type: ignore[no-untyped-def]
         query.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape)
         for tensor in (query, key, value, key_bias, lag_bias)
     )
+
+
+@attention_backward_op.register_vmap
+def _(info, in_dims, *args):  # type: ignore[no-untyped-def]
+    # Whatever is a tensor has the batch first.
+    folded_args = [
+        as_batch(arg, dim, info.batch_size) if isinstance(arg, Tensor) else arg
+        for arg, dim in zip(args, in_dims, strict=True)
+    ]
+    found = attention_backward_op(*folded_args)
+    results = [x.unflatten(0, (info.batch_size, -1)) if x.numel() else x for x in found]
+    return tuple(results), tuple(0 if x.numel() else None for x in found)
 
 
 class ConvBasisAttentionFunction(torch.autograd.Function):
@@ -235,24 +247,30 @@ class ConvBasisAttentionFunction(torch.autograd.Function):
                 *ctx.options,
             )
         if torch.is_grad_enabled():  # somebody may want to differentiate once more
-            found = [_NoSecondDerivative.apply(grad, *grads[:2]) for grad in found]
+            sources = [x for x in (*grads[:2], query, key, value, key_bias, lag_bias) if x is not None]
+            found = [final("conv_basis_attention", grad, *sources) for grad in found]
         of_key_bias = None if key_bias is None else found[3]
         of_lag_bias = None if lag_bias is None else found[4]
         return (*found[:3], None, None, of_key_bias, of_lag_bias, *(None,) * 10)
 
 
-class _NoSecondDerivative(torch.autograd.Function):
-    """A gradient that refuses to be differentiated again, rather than passing for a constant."""
+class TransformedAttentionFunction(ConvBasisAttentionFunction):
+    """The same for `torch.func`; a compiler takes no function with rules of its own for that."""
 
     @staticmethod
-    def forward(ctx: Any, gradient: Tensor, *sources: Tensor) -> Tensor:
-        """Return the gradient."""
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+    def jvp(ctx: Any, *tangents: Any) -> Any:
         """Refuse."""
-        raise ConvBasisError(
-            "the gradient of conv_basis_attention was differentiated once more; only first derivatives "
-            "are implemented: detach the gradient, or use exact attention where second ones are needed"
+        raise no_forward_mode("conv_basis_attention")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        """Take what is mapped over as more sequences of the batch."""
+        size = info.batch_size
+        query, key, value, starts, *more = (
+            as_batch(arg, dim, size) if index != 3 else arg
+            for index, (arg, dim) in enumerate(zip(args[:7], in_dims[:7], strict=True))
         )
+        if starts is not None and starts.ndim > 1:
+            starts = starts.repeat(size, 1, 1)
+        results = TransformedAttentionFunction.apply(query, key, value, starts, *more, *args[7:])
+        return tuple(x.unflatten(0, (size, -1)) for x in results), (0, 0, 0)

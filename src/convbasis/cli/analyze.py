@@ -132,8 +132,8 @@ def analysis_report(
         tables=(_layer_table(profiles, suits), _settings_table(profiles, ladder, n, words)),
         notes=(
             "What suits is the cheapest setting whose 95 % error bound is within the tolerance and "
-            "that takes less time than exact attention here; times are of one run on a machine that "
-            "others may use too, and settings pay on long texts only.",
+            "that takes less time than exact attention here; times are the least of three on a "
+            "machine that others may use too, and settings pay on long texts only.",
             "Shares are means over sampled queries; columns are found in other rows than those that "
             "weigh them.",
         ),

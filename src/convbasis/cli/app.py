@@ -157,10 +157,13 @@ def calibrate(
     length: Annotated[int, typer.Option(min=64, metavar="N", help="Tokens of each text.")] = 4096,
     tolerance: Annotated[
         float, typer.Option(metavar="E", help="Largest relative error of a head.")
-    ] = 0.1,
+    ] = 0.3,
     margin: Annotated[
         float, typer.Option(metavar="P", help="Part of it that these texts may use.")
     ] = 0.65,
+    budget: Annotated[
+        float, typer.Option(metavar="KL", help="Nats that all heads may add up to; inf for any.")
+    ] = 0.003,
     seed: Seed = 0,
     json_output: Json = None,
     page: Page = None,
@@ -172,7 +175,7 @@ def calibrate(
     from .calibrate import run_calibrate
 
     run_calibrate(
-        model, text or [], output, length, tolerance, margin, seed, json_output, page,
+        model, text or [], output, length, tolerance, margin, budget, seed, json_output, page,
         screen(json_output),
     )  # fmt: skip
 
@@ -265,11 +268,12 @@ def decompose(
         typer.Option("--output", "-o", metavar="FILE", help="The basis, as safetensors."),
     ] = None,
     json_output: Json = None,
+    page: Page = None,
 ) -> None:
     """Find the conv basis of a lower-triangular matrix."""
-    from .decompose import run_decompose  # type: ignore[import-not-found, unused-ignore]
+    from .decompose import run_decompose
 
-    run_decompose(source, output, tol, key, json_output, screen(json_output))
+    run_decompose(source, output, tol, key, json_output, page, screen(json_output))
 
 
 @app.command(epilog="Example: convbasis report heads.json -o heads.html")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,12 +28,13 @@ def run_calibrate(
     length: int,
     tolerance: float,
     margin: float,
+    budget: float,
     seed: int,
     json_output: Path | None,
     page: Path | None,
     console: Console,
 ) -> None:
-    """Calibrate, write the plan, and print what it holds."""
+    """Calibrate, write the plan, and print what it holds; an infinite budget is none."""
     check_outputs(output, json_output, page=page)
     contents = read_texts(texts)
     loaded = load_model(model)
@@ -44,6 +46,7 @@ def run_calibrate(
                 torch.cat(ids),
                 tolerance=tolerance,
                 margin=margin,
+                budget=None if budget == math.inf else budget,
                 checkpoint=checkpoint,
                 progress=step,
                 seed=seed,
@@ -62,7 +65,7 @@ def plan_as_report(plan: Plan, place: Path, where: Provenance) -> Report:
         place: the file that it is in.
         where: it comes from.
     """
-    n = plan.calibrated_length
+    n, kl = plan.calibrated_length, plan.predicted_kl
     heads = plan.model.layers * plan.model.heads
     found = Counter(in_words(head.setting, n) for layer in plan.heads for head in layer)
     words = tuple(tuple(in_words(head.setting, n) for head in layer) for layer in plan.heads)
@@ -71,8 +74,8 @@ def plan_as_report(plan: Plan, place: Path, where: Provenance) -> Report:
     mean = sum(head.cost for layer in plan.heads for head in layer) / heads
     notes = [
         f"plan written to {place}",
-        "Times are of this machine, one run each; a second calibration may choose otherwise where two "
-        "settings take about as long.",
+        "Times are of this machine, the least of three turns; a second calibration may choose "
+        "otherwise where two settings take about as long.",
     ]
     if not plan.approximated:
         notes.append(
@@ -85,6 +88,7 @@ def plan_as_report(plan: Plan, place: Path, where: Provenance) -> Report:
         summary=(
             ("heads approximated", f"{plan.approximated} of {heads}"),
             ("tolerance", plan.tolerance),
+            ("predicted KL, nats", None if kl is None else rounded(kl)),
             ("calibrated length, tokens", n),
             ("exact up to, tokens", plan.min_length),
             ("attention time / exact, by heads", rounded(mean, 3)),

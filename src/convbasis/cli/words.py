@@ -18,6 +18,8 @@ def in_words(setting: HeadSetting | None, n: int) -> str:
         parts.append(f"{sizes.blocks} blocks")
     if sizes.far_field != "none":
         parts.append(f"{'weighed ' if sizes.key_weights else ''}{sizes.far_field}")
+    if sizes.correction:
+        parts.append("correction")
     return ", ".join(parts)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import Dispatch
+from ..transforms import as_batch, front, refuse_nested_forward_mode, seen_through
 from .choice import DEFAULT_MAX_BYTES, Work, choose
 from .direct import direct_product
 from .fft import fft_kernel_gradient, fft_product
@@ -17,7 +18,7 @@ from .partition import Partition, Sizes
 from .partitioned import partitioned_blocks
 from .reference import product_rows
 from .rescue import evaluate_safely
-from .segments import segment_stops
+from .segments import lag_mask, segment_stops
 from .spectra import row_noise
 from .windows import KernelWindows, LogitWindows
 
@@ -36,8 +37,8 @@ def segment_product(
 ) -> tuple[Tensor, Dispatch]:
     """Multiply segmented matrices, or their transposes, with x.
 
-    Rows that would drown in the rounding of a transform are evaluated directly. Differentiable with
-    respect to kernels and x.
+    Rows that would drown in the rounding of a transform are evaluated directly. Differentiable any
+    number of times, forwards and backwards, with respect to kernels and x, and mapped by vmap.
 
     Args:
         kernels: ``(P, R, k, n)`` float32 or float64, k >= 0, zero past lag n - 1 - start.
@@ -50,31 +51,43 @@ def segment_product(
     Returns:
         the product ``(P, R, n, c)`` and what was run.
     """
-    record: list[Dispatch] = []
+    differentiated = torch.is_grad_enabled() and (kernels.requires_grad or x.requires_grad)
+    if not differentiated and not seen_through(kernels, x):
+        return _evaluate(kernels, starts, x, backend, max_bytes, transpose)
+    record = _Record()
     product = _SegmentProduct.apply(kernels, starts, x, backend, max_bytes, transpose, record)
-    return product, record[0]
+    return product, record.dispatch
+
+
+class _Record:
+    """Where a product leaves what it ran; transforms take it as it is."""
+
+    dispatch: Dispatch
 
 
 class _SegmentProduct(torch.autograd.Function):
-    """Save for the backward pass, and restore."""
+    """A product, its derivatives, which are products too, and many products at once."""
 
     @staticmethod
     def forward(
-        ctx: Any,
         kernels: Tensor,
         starts: Tensor,
         x: Tensor,
         backend: str,
         max_bytes: int,
         transpose: bool,
-        record: list[Dispatch],
+        record: _Record,
     ) -> Tensor:
         """Multiply; what was run goes into the record."""
-        product, dispatch = _evaluate(kernels, starts, x, backend, max_bytes, transpose)
-        record.append(dispatch)
-        ctx.save_for_backward(kernels, starts, x)
-        ctx.max_bytes, ctx.transpose = max_bytes, transpose
+        product, record.dispatch = _evaluate(kernels, starts, x, backend, max_bytes, transpose)
         return product
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Save what is multiplied."""
+        kernels, starts, x, ctx.backend, ctx.max_bytes, ctx.transpose, _ = inputs
+        ctx.save_for_backward(kernels, starts, x)
+        ctx.save_for_forward(kernels, starts, x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
@@ -83,7 +96,8 @@ class _SegmentProduct(torch.autograd.Function):
         gradient = grads[0].contiguous()
         of_kernels = of_x = None
         if ctx.needs_input_grad[2]:
-            of_x, _ = _evaluate(kernels, starts, gradient, "auto", ctx.max_bytes, not ctx.transpose)
+            options = "auto", ctx.max_bytes, not ctx.transpose, _Record()
+            of_x = _SegmentProduct.apply(kernels, starts, gradient, *options)
             if x.shape[1] == 1:
                 of_x = of_x.sum(1, keepdim=True)
         if ctx.needs_input_grad[0] and kernels.numel():
@@ -92,10 +106,97 @@ class _SegmentProduct(torch.autograd.Function):
                 shape = outer.shape
                 inner, outer = outer, inner.expand(shape)
             k = kernels.shape[-2]
-            of_kernels = fft_kernel_gradient(starts, inner, outer, k, ctx.max_bytes).to(kernels.dtype)
+            of_kernels = _KernelGradient.apply(starts, inner, outer, k, ctx.max_bytes).to(kernels.dtype)
         elif ctx.needs_input_grad[0]:
             of_kernels = torch.zeros_like(kernels)
         return of_kernels, None, of_x, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        """Multiply each factor with the change of the other."""
+        refuse_nested_forward_mode()
+        kernels, starts, x = ctx.saved_tensors
+        of_kernels, _, of_x, *_ = tangents
+        options = ctx.backend, ctx.max_bytes, ctx.transpose
+        changes = []
+        if of_kernels is not None:
+            changes.append(_SegmentProduct.apply(of_kernels, starts, x, *options, _Record()))
+        if of_x is not None:
+            changes.append(_SegmentProduct.apply(kernels, starts, of_x, *options, _Record()))
+        return torch.stack(changes).sum(0)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: Any, kernels: Tensor, starts: Tensor, x: Tensor, *options: Any
+    ) -> tuple[Tensor, int]:
+        """Take what is mapped over as more columns of x, or else as more matrices."""
+        size = info.batch_size
+        if in_dims[0] is None:
+            columns = x.movedim(in_dims[2], -2)  # (P, R, n, size, c)
+            product = _SegmentProduct.apply(kernels, starts, columns.flatten(-2), *options)
+            return product.unflatten(-1, columns.shape[-2:]), 3
+        if starts.shape[0] > 1:
+            starts = starts.repeat(size, 1, 1)
+        factors = as_batch(kernels, in_dims[0], size), starts, as_batch(x, in_dims[2], size)
+        product = _SegmentProduct.apply(*factors, *options)
+        return product.unflatten(0, (size, -1)), 0
+
+
+class _KernelGradient(torch.autograd.Function):
+    """`fft_kernel_gradient`, linear in x and in the gradient, with its own derivatives."""
+
+    @staticmethod
+    def forward(starts: Tensor, x: Tensor, gradient: Tensor, k: int, max_bytes: int) -> Tensor:
+        """Correlate."""
+        return fft_kernel_gradient(starts, x, gradient, k, max_bytes)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Save what is correlated."""
+        starts, x, gradient, ctx.k, ctx.max_bytes = inputs
+        ctx.save_for_backward(starts, x, gradient)
+        ctx.save_for_forward(starts, x, gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        """Multiply with the matrices whose kernels are the incoming gradient."""
+        starts, x, gradient = ctx.saved_tensors
+        kernels = grads[0].masked_fill(~lag_mask(starts, x.shape[-2]), 0.0)
+        of_x = of_gradient = None
+        if ctx.needs_input_grad[1]:
+            options = "auto", ctx.max_bytes, True, _Record()
+            of_x = _SegmentProduct.apply(kernels, starts, gradient, *options)
+            if x.shape[1] == 1:
+                of_x = of_x.sum(1, keepdim=True)
+        if ctx.needs_input_grad[2]:
+            options = "auto", ctx.max_bytes, False, _Record()
+            of_gradient = _SegmentProduct.apply(kernels, starts, x, *options)
+        return None, of_x, of_gradient, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        """Correlate each factor with the change of the other."""
+        refuse_nested_forward_mode()
+        starts, x, gradient = ctx.saved_tensors
+        _, of_x, of_gradient, *_ = tangents
+        changes = []
+        if of_x is not None:
+            changes.append(_KernelGradient.apply(starts, of_x, gradient, ctx.k, ctx.max_bytes))
+        if of_gradient is not None:
+            changes.append(_KernelGradient.apply(starts, x, of_gradient, ctx.k, ctx.max_bytes))
+        return torch.stack(changes).sum(0)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: Any, starts: Tensor, x: Tensor, gradient: Tensor, k: int, max_bytes: int
+    ) -> tuple[Tensor, int]:
+        """Take what is mapped over as more matrices."""
+        size = info.batch_size
+        if starts.shape[0] > 1:
+            starts = starts.repeat(size, 1, 1)
+        x, gradient = front(x, in_dims[1], size), front(gradient, in_dims[2], size)
+        found = _KernelGradient.apply(starts, x.flatten(0, 1), gradient.flatten(0, 1), k, max_bytes)
+        return found.unflatten(0, (size, -1)), 0
 
 
 def _evaluate(

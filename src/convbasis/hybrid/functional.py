@@ -12,7 +12,9 @@ from ..checks import (
     describe,
 )
 from ..errors import InputError
+from ..transforms import refuse_transforms, seen_through
 from .heads import HybridStats, attend_heads
+from .operation import HybridFunction
 from .settings import Settings, check_settings
 
 
@@ -115,6 +117,9 @@ def hybrid_attention(
     )
     tensors = _checked(query, key, value, settings, is_causal, enable_gqa, key_padding_mask)
     factor = check_scale(scale, query.shape[-1])
+    if seen_through(*tensors):
+        output: Tensor = HybridFunction.apply(*tensors, key_padding_mask, settings, factor)
+        return output
     return attend_heads(*tensors, settings, factor, key_padding_mask, False)[0].output
 
 
@@ -152,6 +157,7 @@ def hybrid_attention_stats(
         >>> cb.hybrid_attention_stats(q, k, v, window=64).error_estimate.shape
         torch.Size([1, 2])
     """
+    refuse_transforms("hybrid_attention_stats", "hybrid_attention")
     settings = Settings(
         window,
         sinks,

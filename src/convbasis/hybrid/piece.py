@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..transforms import final
+
 # Logits that are held at a time, beyond what a fused operator holds.
 _LOGITS = 1 << 22
 
@@ -140,23 +142,42 @@ class _Piece(torch.autograd.Function):
         return output, lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, lse, bias = ctx.saved_tensors
-        visible = lse > -math.inf
-        shared = (grad_lse - (grad_output * output).sum(-1)).masked_fill(~visible, 0.0)
-        rows_of = grad_output.masked_fill(~visible[..., None], 0.0)
-        safe = lse.masked_fill(~visible, torch.inf)
-        of_query, of_key, of_value = (torch.zeros_like(tensor) for tensor in (query, key, value))
-        kv_heads = key.shape[1]
-        for part, rows, logits in _logits(query, key, ctx.scale, bias):
-            weights = (logits - safe[part, :, rows, None]).exp_().unflatten(1, (kv_heads, -1))
-            up = rows_of[part, :, rows].unflatten(1, (kv_heads, -1))
-            own = query[part, :, rows].unflatten(1, (kv_heads, -1))
-            of_value[part] += (weights.mT @ up).sum(2)
-            change = up @ value[part, :, None].mT
-            change += shared[part, :, rows, None].unflatten(1, (kv_heads, -1))
-            change *= weights * ctx.scale
-            of_query[part, :, rows] = (change @ key[part, :, None]).flatten(1, 2)
-            of_key[part] += (change.mT @ own).sum(2)
-        return of_query, of_key, of_value, None, None, None
+        with torch.no_grad():
+            found = _backward(query, key, value, output, lse, bias, ctx.scale, grad_output, grad_lse)
+        if torch.is_grad_enabled():  # somebody may want to differentiate once more
+            sources = (grad_output, grad_lse, query, key, value)
+            found = [final("hybrid_attention", gradient, *sources) for gradient in found]
+        return *found, None, None, None
+
+
+def _backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    grad_output: Tensor,
+    grad_lse: Tensor,
+) -> list[Tensor]:
+    """Return the gradients of query, key and value."""
+    visible = lse > -math.inf
+    shared = (grad_lse - (grad_output * output).sum(-1)).masked_fill(~visible, 0.0)
+    rows_of = grad_output.masked_fill(~visible[..., None], 0.0)
+    safe = lse.masked_fill(~visible, torch.inf)
+    of_query, of_key, of_value = (torch.zeros_like(tensor) for tensor in (query, key, value))
+    kv_heads = key.shape[1]
+    for part, rows, logits in _logits(query, key, scale, bias):
+        weights = (logits - safe[part, :, rows, None]).exp_().unflatten(1, (kv_heads, -1))
+        up = rows_of[part, :, rows].unflatten(1, (kv_heads, -1))
+        own = query[part, :, rows].unflatten(1, (kv_heads, -1))
+        of_value[part] += (weights.mT @ up).sum(2)
+        change = up @ value[part, :, None].mT
+        change += shared[part, :, rows, None].unflatten(1, (kv_heads, -1))
+        change *= weights * scale
+        of_query[part, :, rows] = (change @ key[part, :, None]).flatten(1, 2)
+        of_key[part] += (change.mT @ own).sum(2)
+    return [of_query, of_key, of_value]

@@ -63,14 +63,14 @@ def observe_layers(
             with soft-capped logits.
         MissingExtraError: transformers is not installed.
     """
-    from .exact import beyond_sdpa
-
     if input_ids.ndim != 2 or input_ids.shape[0] != 1:
         raise InputError(f"input_ids has shape {tuple(input_ids.shape)}; one sequence (1, n) is wanted")
 
     def attention(
         module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
     ) -> tuple[Tensor, Tensor | None]:
+        from .exact import beyond_sdpa
+
         if (wanted := beyond_sdpa(module, options)) is not None:
             raise InputError(
                 f"{type(module).__name__} asks for {wanted}; only plain softmax attention can be "
