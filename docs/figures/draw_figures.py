@@ -1,7 +1,7 @@
 """The drawings of the pages: segments, a partitioned product, near and far keys.
 
-    python docs/figures/draw_figures.py                 # writes the PNG files beside this script
-    python docs/figures/draw_figures.py --output FOLDER
+python docs/figures/draw_figures.py                 # writes the PNG files beside this script
+python docs/figures/draw_figures.py --output FOLDER
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ def segments(plt: Any, np: Any) -> Any:
         before = kernel
     figure, axes = plt.subplots(1, 4, figsize=(11, 3.1), constrained_layout=True)
     titles = ["H: three segments", *(f"conv(b{r}, {n - start})" for r, start in enumerate(starts, 1))]
-    for axis, matrix, title, sign in zip(axes, [whole, *parts], titles, ["", "=", "+", "+"], strict=True):
+    for axis, matrix, title, sign in zip(
+        axes, [whole, *parts], titles, ["", "=", "+", "+"], strict=True
+    ):
         axis.imshow(matrix, cmap="RdBu_r", vmin=-1.2, vmax=1.2)
         axis.set_title(title, fontsize=10)
         axis.set_xticks(starts)
@@ -53,7 +55,12 @@ def partition(plt: Any, np: Any) -> Any:
     pieces = [(0, 8), (8, 8), (16, 4), (20, 8), (28, 8), (36, 8), (44, 4)]
     for first, width in pieces:
         color = BLUE if first < starts[1] else ORANGE
-        matrix.fill([first, first + width, first + width, first], [first, first + width, n, n], color, alpha=0.35)
+        matrix.fill(
+            [first, first + width, first + width, first],
+            [first, first + width, n, n],
+            color,
+            alpha=0.35,
+        )
         matrix.plot([first, first], [first, n], color="white", lw=1)
     for block in range(0, n, size):
         matrix.plot([0, n], [block, block], color=GREY, lw=0.8)
@@ -63,7 +70,9 @@ def partition(plt: Any, np: Any) -> Any:
     )
     matrix.set(xlim=(0, n), ylim=(n, 0), xticks=starts, aspect="equal")
     matrix.set_xticklabels(["start 1", "start 2"], fontsize=9)
-    matrix.set_yticks([size * (i + 0.5) for i in range(6)], [f"block {i}" for i in range(6)], fontsize=8)
+    matrix.set_yticks(
+        [size * (i + 0.5) for i in range(6)], [f"block {i}" for i in range(6)], fontsize=8
+    )
     matrix.set_title("columns in pieces of S, rows in blocks of M", fontsize=10)
     t = np.linspace(0, n, 400)
     kernel.plot(t, np.exp(-t / 22) * (1.2 + 0.3 * np.sin(t / 2.5)), color=BLUE, lw=2)
@@ -96,7 +105,11 @@ def near_far(plt: Any, np: Any) -> Any:
     code[:, :3] = 2
     code[(i - j < 12)] = 1
     code[i < j] = np.nan
-    names = {1: ("window: the latest", BLUE), 2: ("sinks: the first", GREEN), 3: ("columns: heavy for all", RED)}
+    names = {
+        1: ("window: the latest", BLUE),
+        2: ("sinks: the first", GREEN),
+        3: ("columns: heavy for all", RED),
+    }
     names |= {4: ("blocks: heavy for these queries", ORANGE), 0: ("far: means of segments", "#e3e5ea")}
     names |= {0.5: ("", "#d0d3db")}
     picture = np.ones((n, n, 3))
@@ -109,7 +122,9 @@ def near_far(plt: Any, np: Any) -> Any:
         axis.spines[side].set_visible(False)
     handles = [plt.Rectangle((0, 0), 1, 1, color=color) for name, color in names.values() if name]
     labels = [name for name, _ in names.values() if name]
-    axis.legend(handles, labels, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, fontsize=9)
+    axis.legend(
+        handles, labels, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, fontsize=9
+    )
     return figure
 
 

@@ -19,5 +19,7 @@ class DocstringExamples(griffe.Extension):
         text = inspect.cleandoc(obj.docstring.value)
         text = re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)
         text = re.sub(r" *# doctest: .*", "", text)
-        text = re.sub(r"^(Complexity|Source|Causality): (.+)$", r"\1:\n    \2", text, flags=re.MULTILINE)
+        text = re.sub(
+            r"^(Complexity|Source|Causality): (.+)$", r"\1:\n    \2", text, flags=re.MULTILINE
+        )
         obj.docstring.value = text
