@@ -1,4 +1,4 @@
-"""The documentation: links lead somewhere, all code runs, commands are real, the site builds and stands alone.
+"""The documentation: links lead somewhere, all code runs, commands are real, the site stands alone.
 
 How each kind of block is checked:
 

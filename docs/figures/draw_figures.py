@@ -66,7 +66,7 @@ def partition(plt: Any, np: Any) -> Any:
         matrix.plot([0, n], [block, block], color=GREY, lw=0.8)
     matrix.add_patch(plt.Rectangle((8, 32), 8, 8, fill=False, ec="black", lw=2))
     matrix.annotate(
-        "block i × one piece", (16, 36), (24, 10), fontsize=9, arrowprops={"arrowstyle": "->"}
+        "one block, one piece", (16, 36), (24, 10), fontsize=9, arrowprops={"arrowstyle": "->"}
     )
     matrix.set(xlim=(0, n), ylim=(n, 0), xticks=starts, aspect="equal")
     matrix.set_xticklabels(["start 1", "start 2"], fontsize=9)
