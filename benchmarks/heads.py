@@ -30,29 +30,25 @@ from convbasis.storage import save_text
 
 ROOT = Path(__file__).parent.parent
 NEAR: dict[str, Any] = {"window": 256, "columns": 60}
+BLOCKS: dict[str, Any] = {"window": 128, "columns": 60, "blocks": 4}
+SEGMENTS: dict[str, Any] = {"far_field": "segments", "key_weights": True}
 SETTINGS: dict[str, dict[str, Any]] = {
     "window 320 + sinks": {"window": 320, "columns": 0},
     "window 256 + 60 columns": NEAR,
     "window 384 + 60 columns": {**NEAR, "window": 384},
+    "window 512 + 60 columns": {**NEAR, "window": 512},
     "window 256 + 188 columns": {**NEAR, "columns": 188},
     "segments": {**NEAR, "far_field": "segments"},
-    "segments, key weights": {**NEAR, "far_field": "segments", "key_weights": True},
-    "32 segments, key weights": {
-        **NEAR,
-        "far_field": "segments",
-        "key_weights": True,
-        "num_segments": 32,
-    },
+    "segments, key weights": {**NEAR, **SEGMENTS},
+    "32 segments, key weights": {**NEAR, **SEGMENTS, "num_segments": 32},
+    "window 512, segments, key weights": {**NEAR, **SEGMENTS, "window": 512},
     "convolution": {**NEAR, "far_field": "conv"},
-    "window 128 + 60 columns + 4 blocks": {"window": 128, "columns": 60, "blocks": 4},
-    "window 128 + 60 columns + 4 blocks + segments, key weights": {
-        "window": 128,
-        "columns": 60,
-        "blocks": 4,
-        "far_field": "segments",
-        "key_weights": True,
-    },
+    "exact rows": {**NEAR, "correction": True},
+    "window 128 + 60 columns + 4 blocks": BLOCKS,
+    "window 128 + 60 columns + 4 blocks, exact rows": {**BLOCKS, "correction": True},
+    "window 128 + 60 columns + 4 blocks + segments, key weights": {**BLOCKS, **SEGMENTS},
     "window 256 + 60 columns + 8 blocks": {**NEAR, "blocks": 8},
+    "window 256 + 60 columns + 8 blocks, exact rows": {**NEAR, "blocks": 8, "correction": True},
 }
 
 

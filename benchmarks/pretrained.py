@@ -1,52 +1,83 @@
 """A pretrained model on long prompts: what a plan costs and what it changes.
 
-    python benchmarks/pretrained.py calibrate [--length 8192] [--tolerance 0.2] [--margin 0.65]
+    python benchmarks/pretrained.py calibrate [--length 8192] [--budget 0.003]
     python benchmarks/pretrained.py score [--lengths 2048 4096 8192] [--text FILE ...]
+    python benchmarks/pretrained.py parts [--lengths 2048 4096 8192]
+    python benchmarks/pretrained.py passkey [--lengths 2048 4096 8192]
+    python benchmarks/pretrained.py long [--lengths 32768]
 
 `calibrate` makes a plan for SmolLM2-135M from English prose and keeps it beside the results; it goes on
 where it was stopped. `score` takes other texts: n - 512 tokens are the prompt, attended to by the plan,
-and the next 512 are scored with exact attention over the cache that the prompt left. Beside the plan,
-the same setting for all heads. KL is that of the next token's distribution from exact to approximate,
-in nats; time is that of all calls of attention in the prompt, fits, choices and estimates included, and
-of the whole prompt. Methods take turns; the ratio is of medians.
+and the next 512 are scored with exact attention over the cache that the prompt left. Beside the plan:
+one without far fields, one setting for all heads, and the plain conv basis. `parts` gives every head
+the same setting, and asks what each part of hybrid attention does at which cost. KL is that of the next
+token's distribution from exact to approximate, in nats, with a bootstrap interval over stretches of 32
+tokens; time is that of all calls of attention in the prompt, fits, choices and estimates included, and
+of the whole prompt. Methods take turns; a ratio is of medians. `passkey` hides five digits at several
+depths of prose and asks for them. `long` gives the plan a prompt beyond the model's positions, which
+are stretched, and times it.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
+import os
 import platform
+import random
 import statistics
 import sysconfig
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AttentionInterface
 
 import convbasis as cb
-from convbasis.integrations import transformers as integration
 from convbasis.integrations.calibrate import calibrate as calibrate_model
+from convbasis.integrations.capture import attending, capture_layers
+from convbasis.integrations.compare import timed_attention
 from convbasis.integrations.smollm2 import load_smollm2, sample_text, token_ids
 from convbasis.plan import HeadPlan, HeadSetting, Plan
+from convbasis.plan.choice import choose
+from convbasis.plan.ladder import Measured, default_ladder, measure_costs
 from convbasis.storage import save_text
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results"
 SCORED = 512
+FAR: dict[str, Any] = {"far_field": "segments", "key_weights": True}
 UNIFORM = {
-    "window + sinks": HeadSetting(512, 4, 0),
-    "window + columns": HeadSetting(384, 4, 60),
-    "blocks": HeadSetting(128, 4, 60, 4),
+    "window 512 + sinks": HeadSetting(512, 4, 0),
+    "window 512 + 60 columns": HeadSetting(512, 4, 60),
+    "window 768 + 60 columns": HeadSetting(768, 4, 60),
+    "window 1024 + 60 columns": HeadSetting(1024, 4, 60),
+    "window 128 + 60 columns + 4 blocks": HeadSetting(128, 4, 60, 4),
 }
+PARTS = {
+    "window 512 + sinks": HeadSetting(512, 4, 0),
+    "window 256 + 60 columns": HeadSetting(256, 4, 60),
+    "window 512 + 60 columns": HeadSetting(512, 4, 60),
+    "window 1024 + 60 columns": HeadSetting(1024, 4, 60),
+    "window 256 + segments": HeadSetting(256, 4, 60, **FAR),
+    "window 512 + segments": HeadSetting(512, 4, 60, **FAR),
+    "window 512 + convolution": HeadSetting(512, 4, 60, far_field="conv"),
+    "window 256 + strided exact rows": HeadSetting(256, 4, 60, correction=True),
+    "4 blocks": HeadSetting(128, 4, 60, 4),
+    "4 blocks + exact rows": HeadSetting(128, 4, 60, 4, correction=True),
+    "8 blocks + exact rows": HeadSetting(128, 4, 60, 8, correction=True),
+    "window 256 + 4 blocks + segments": HeadSetting(256, 4, 60, 4, **FAR),
+    "window 256 + 4 blocks + segments + exact rows": HeadSetting(256, 4, 60, 4, **FAR, correction=True),
+}
+DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
-def texts(extra: list[Path]) -> dict[str, str]:
-    """Texts of other kinds than the one of the calibration."""
+def texts(extra: list[Path], prose: bool = False) -> dict[str, str]:
+    """Texts of other kinds than the one of the calibration; with that one if asked."""
     library = Path(sysconfig.get_path("stdlib"))
     found = {
         "source code": "\n".join(
@@ -60,11 +91,17 @@ def texts(extra: list[Path]) -> dict[str, str]:
         "change history": (library / "idlelib/NEWS.txt").read_text(encoding="utf-8"),
         "licence": (ROOT / "LICENSE").read_text(encoding="utf-8"),
     }
+    if prose:
+        found["prose"] = sample_text()
     return {**found, **{path.name: path.read_text(encoding="utf-8") for path in extra}}
 
 
 def plan_file(options: argparse.Namespace) -> Path:
     return options.folder / f"smollm2-{options.length}.plan.json"
+
+
+def measured_file(options: argparse.Namespace) -> Path:
+    return options.folder / f"smollm2-{options.length}.measured.json"
 
 
 def calibrate(options: argparse.Namespace) -> None:
@@ -76,31 +113,19 @@ def calibrate(options: argparse.Namespace) -> None:
         ids,
         tolerance=options.tolerance,
         margin=options.margin,
-        checkpoint=options.folder / f"smollm2-{options.length}.measured.json",
+        budget=options.budget,
+        checkpoint=measured_file(options),
         progress=lambda done, total: print(f"layer {done} of {total}", flush=True),
     )
     plan.save(plan_file(options))
-    print(f"{plan!r}, exact up to {plan.min_length} tokens; {time.perf_counter() - begin:.0f} s")
-
-
-class Clock:
-    """Time spent in attention; registered in place of the integration's own function."""
-
-    def __init__(self) -> None:
-        """Begin at 0."""
-        self.seconds = 0.0
-        AttentionInterface.register("conv_basis", self)
-
-    def __call__(self, *inputs: Any, **options: Any) -> Any:
-        """Attend, and add the time that it takes."""
-        begin = time.perf_counter()
-        result = integration.attention_forward(*inputs, **options)
-        self.seconds += time.perf_counter() - begin
-        return result
+    print(
+        f"{plan!r}, exact up to {plan.min_length} tokens, predicted KL {plan.predicted_kl}; "
+        f"{time.perf_counter() - begin:.0f} s"
+    )
 
 
 @torch.no_grad()
-def run(model: Any, ids: torch.Tensor, clock: Clock) -> tuple[torch.Tensor, float, float]:
+def run(model: Any, ids: torch.Tensor, clock: Any) -> tuple[torch.Tensor, float, float]:
     """Return the logits of the scored tokens, the attention's and the whole prompt's seconds."""
     clock.seconds = 0.0
     begin = time.perf_counter()
@@ -110,92 +135,183 @@ def run(model: Any, ids: torch.Tensor, clock: Clock) -> tuple[torch.Tensor, floa
     return rest.logits[0, :-1].log_softmax(-1), attention, whole
 
 
+@dataclasses.dataclass
+class Planned:
+    """A plan, and whether heads may fall back."""
+
+    plan: Plan
+    dynamic: bool
+
+
+class Plain:
+    """The conv basis alone, uniform segments of 64 keys, in place of softmax attention."""
+
+
+Method = Planned | Plain | None
+
+
+@contextlib.contextmanager
+def using(model: Any, method: Method, clock: Any) -> Iterator[None]:
+    """Let a model attend by a method; exactly for None."""
+    if isinstance(method, Planned):
+        cb.apply_plan(model, method.plan, min_length=0, dynamic=method.dynamic)
+        try:
+            yield
+        finally:
+            cb.remove_plan(model)
+    elif isinstance(method, Plain):
+
+        def attend(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
+            exact = torch.nn.functional.scaled_dot_product_attention
+            given = {"scale": options.get("scaling"), "enable_gqa": True}
+            begin = time.perf_counter()
+            if query.shape[2] == key.shape[2]:
+                output = cb.conv_basis_attention(query, key, value, segment_length=64, **given)
+            else:
+                output = exact(query, key, value, attn_mask=mask, **given)
+            clock.seconds += time.perf_counter() - begin
+            return output.transpose(1, 2).contiguous(), None
+
+        with attending(model, attend):
+            yield
+    else:
+        yield
+
+
 def uniform(plan: Plan, setting: HeadSetting) -> Plan:
     heads = tuple(tuple(HeadPlan(setting) for _ in layer) for layer in plan.heads)
     return dataclasses.replace(plan, heads=heads)
 
 
-def without_far_field(plan: Plan) -> Plan:
-    def near(head: HeadPlan) -> HeadPlan:
-        if head.setting is None:
-            return head
-        setting = dataclasses.replace(head.setting, far_field="none", key_weights=False)
-        return dataclasses.replace(head, setting=setting)
-
-    return dataclasses.replace(plan, heads=tuple(tuple(map(near, layer)) for layer in plan.heads))
+def without_far_field(options: argparse.Namespace, plan: Plan) -> Plan:
+    """The plan that the same calibration makes of the settings without far field alone."""
+    kept = json.loads(measured_file(options).read_text(encoding="utf-8"))["measured"]
+    steps = default_ladder(plan.calibrated_length)
+    near = [index for index, step in enumerate(steps) if step.far_field == "none"]
+    measured = [
+        Measured(*([kept[f"0.{layer}"][name][i] for i in near] for name in ("bounds", "errors")))
+        for layer in range(plan.model.layers)
+    ]
+    costs = [kept["costs"]["costs"][index] for index in near]
+    chosen = choose(
+        [measured],
+        costs,
+        [steps[index] for index in near],
+        options.margin * plan.tolerance,
+        plan.predicted_kl,
+        kept["sensitivities"],
+    )
+    return dataclasses.replace(plan, heads=chosen.heads, predicted_kl=chosen.predicted_kl)
 
 
 def score(options: argparse.Namespace) -> None:
     loaded = load_smollm2()
-    model = loaded.model
     files = options.plans or [plan_file(options)]
     plans = {
         "plan" if len(files) == 1 else f"plan {path.name.removesuffix('.plan.json')}": Plan.load(path)
         for path in files
     }
     plan = next(iter(plans.values()))
-    methods: dict[str, tuple[Plan, bool] | None] = {
+    methods: dict[str, Method] = {
         "exact": None,
-        **{name: (found, True) for name, found in plans.items()},
-        **{f"{name}, never falling back": (found, False) for name, found in plans.items()},
-        "plan without far field": (without_far_field(plan), False),
-        **{name: (uniform(plan, setting), False) for name, setting in UNIFORM.items()},
+        **{name: Planned(found, True) for name, found in plans.items()},
+        **{f"{name}, never falling back": Planned(found, False) for name, found in plans.items()},
     }
+    if measured_file(options).is_file():
+        methods["plan without far field"] = Planned(without_far_field(options, plan), True)
+    methods |= {name: Planned(uniform(plan, own), False) for name, own in UNIFORM.items()}
+    methods["plain conv basis, segments of 64"] = Plain()
     if options.methods:
         methods = {name: methods[name] for name in ("exact", *options.methods)}
-    rows = []
-    model.set_attn_implementation("conv_basis")
-    clock = Clock()
-    for n in options.lengths:
-        for text, content in texts(options.text).items():
-            if options.kinds and text not in options.kinds:
-                continue
-            try:
-                ids = token_ids(loaded.tokenizer, content, n)
-            except cb.InputError:
-                print(f"{text} has fewer than {n} tokens: left out")
-                continue
-            rows.extend(_score_text(model, plan, methods, ids, n, text, clock, options))
+    rows = _score_texts(loaded, methods, texts(options.text), options)
     table(rows)
-    content = {
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "machine": platform.machine(),
-        "plans": {name: repr(found) for name, found in plans.items()},
-        "rows": rows,
-    }
-    save_text(options.folder / "pretrained.json", json.dumps(content, indent=1) + "\n")
+    _save(options.folder / "pretrained.json", rows, plans={name: repr(x) for name, x in plans.items()})
+
+
+def parts(options: argparse.Namespace) -> None:
+    loaded = load_smollm2()
+    plan = Plan.load(plan_file(options))
+    settings = {name: PARTS[name] for name in options.methods or PARTS}
+    methods: dict[str, Method] = {"exact": None}
+    methods |= {name: Planned(uniform(plan, own), False) for name, own in settings.items()}
+    rows = _score_texts(loaded, methods, texts(options.text, prose=True), options)
+    for n in options.lengths:
+        ids = token_ids(loaded.tokenizer, sample_text(), n)
+        costs: dict[str, list[float]] = {name: [] for name in settings}
+        for given in capture_layers(loaded.model, ids, (5, 14, 23)).values():
+            found = measure_costs(*given, list(settings.values())).costs
+            for name, cost in zip(settings, found, strict=True):
+                costs[name].append(cost)
+        for row in rows:
+            if row["n"] == n and row["method"] in costs:
+                row["cost"] = statistics.median(costs[row["method"]])
+    print("\n| n | all heads use | attention time | KL (95 % interval) | worst text | top-1 |")
+    print("|---|---|---|---|---|---|")
+    for n in options.lengths:
+        for name in settings:
+            own = [row for row in rows if row["n"] == n and row["method"] == name]
+            mean, low, high = _interval([row["kl_by_stretch"] for row in own])
+            print(
+                f"| {n:,} | {name} | {own[0]['cost']:.2f} | {mean:.4f} ({low:.4f} to {high:.4f}) "
+                f"| {max(row['kl'] for row in own):.4f} "
+                f"| {statistics.fmean(row['top1'] for row in own):.1%} |"
+            )
+    _save(options.folder / "pretrained-parts.json", rows)
+
+
+def _interval(by_text: list[list[float]]) -> tuple[float, float, float]:
+    """The mean over texts and its 95 % bootstrap interval, stretches drawn anew in each text."""
+    generator = torch.Generator().manual_seed(0)
+    means = torch.stack(
+        [
+            torch.tensor(own)[torch.randint(len(own), (2000, len(own)), generator=generator)].mean(1)
+            for own in by_text
+        ]
+    ).mean(0)
+    low, high = means.quantile(torch.tensor([0.025, 0.975])).tolist()
+    return statistics.fmean(statistics.fmean(own) for own in by_text), low, high
+
+
+def _score_texts(
+    loaded: Any, methods: dict[str, Method], sources: dict[str, str], options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    rows = []
+    with timed_attention(loaded.model) as clock:
+        for n in options.lengths:
+            for text, content in sources.items():
+                if options.kinds and text not in options.kinds:
+                    continue
+                try:
+                    ids = token_ids(loaded.tokenizer, content, n)
+                except cb.InputError:
+                    print(f"{text} has fewer than {n} tokens: left out")
+                    continue
+                rows.extend(_score_text(loaded.model, methods, ids, n, text, clock, options.repeats))
+    return rows
 
 
 def _score_text(
     model: Any,
-    plan: Plan,
-    methods: dict[str, tuple[Plan, bool] | None],
+    methods: dict[str, Method],
     ids: torch.Tensor,
     n: int,
     text: str,
-    clock: Clock,
-    options: argparse.Namespace,
+    clock: Any,
+    repeats: int,
 ) -> list[dict[str, Any]]:
     targets = ids[0, -SCORED + 1 :]
     found: dict[str, dict[str, Any]] = {}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in methods}
     exact = torch.empty(0)
-    for repeat in range(options.repeats):
-        for name, applied in methods.items():
-            if applied is not None:
-                cb.apply_plan(model, applied[0], min_length=0, dynamic=applied[1])
-                AttentionInterface.register("conv_basis", clock)
-            logs, attention, whole = run(model, ids, clock)
+    for repeat in range(repeats):
+        for name, method in methods.items():
+            with using(model, method, clock):
+                logs, attention, whole = run(model, ids, clock)
+                report = cb.plan_report(model)._asdict() if isinstance(method, Planned) else None
             times[name].append((attention, whole))
-            report = None
-            if applied is not None:
-                report = cb.plan_report(model)
-                cb.remove_plan(model)
-                model.set_attn_implementation("conv_basis")
             if repeat:
                 continue
-            if applied is None:
+            if method is None:
                 exact = logs
             kl = (exact.exp() * (exact - logs)).sum(-1)
             loss = -logs.gather(1, targets[:, None])[:, 0]
@@ -205,9 +321,10 @@ def _score_text(
                 "method": name,
                 "kl": float(kl.mean()),
                 "kl_standard_error": float(kl.std() / math.sqrt(len(kl))),
+                "kl_by_stretch": [float(own.mean()) for own in kl.split(32)],
                 "loss": float(loss.mean()),
                 "top1": float((logs.argmax(-1) == exact.argmax(-1)).double().mean()),
-                "report": None if report is None else report._asdict(),
+                "report": report,
             }
     for name, values in times.items():
         attention, whole = (statistics.median(column) for column in zip(*values, strict=True))
@@ -242,8 +359,8 @@ def line(row: dict[str, Any]) -> None:
 
 def table(rows: list[dict[str, Any]]) -> None:
     print(
-        "\n| n | method | attention | prompt | KL, mean / worst text | perplexity, mean / worst "
-        "| top-1, worst | heads approximated and kept |"
+        "\n| n | method | attention | prompt | KL, mean (95 % interval) / worst text "
+        "| perplexity, mean / worst | top-1, mean / worst | heads approximated and kept |"
     )
     print("|---|---|---|---|---|---|---|---|")
     for n in sorted({row["n"] for row in rows}):
@@ -251,6 +368,7 @@ def table(rows: list[dict[str, Any]]) -> None:
             own = [row for row in rows if row["n"] == n and row["method"] == name]
             mean: Callable[[str], float] = lambda key: statistics.fmean(row[key] for row in own)  # noqa: E731, B023
             worst = max(abs(row["loss_ratio"] - 1) for row in own)
+            kl, low, high = _interval([row["kl_by_stretch"] for row in own])
             kept = [
                 r["heads_approximated"] / sum(r[k] for k in r if k != "prefills")
                 for r in (row["report"] for row in own)
@@ -258,31 +376,118 @@ def table(rows: list[dict[str, Any]]) -> None:
             ]
             print(
                 f"| {n:,} | {name} | {mean('attention_ratio'):.2f}x | {mean('prompt_ratio'):.2f}x "
-                f"| {mean('kl'):.4f} / {max(row['kl'] for row in own):.4f} "
+                f"| {kl:.4f} ({low:.4f} to {high:.4f}) / {max(row['kl'] for row in own):.4f} "
                 f"| {mean('loss_ratio') - 1:+.2%} / {worst:.2%} "
-                f"| {min(row['top1'] for row in own):.1%} "
+                f"| {mean('top1'):.1%} / {min(row['top1'] for row in own):.1%} "
                 f"| {'' if not kept else f'{statistics.fmean(kept):.0%}'} |"
             )
 
 
+@torch.no_grad()
+def passkey(options: argparse.Namespace) -> None:
+    """Whether five digits hidden in prose are found, exactly and by the plan."""
+    loaded = load_smollm2()
+    model, tokenizer = loaded.model, loaded.tokenizer
+    plan = Plan.load(plan_file(options))
+    filler = tokenizer(sample_text())["input_ids"]
+    generator = random.Random(0)
+    rows = []
+    for n in options.lengths:
+        for depth in DEPTHS:
+            for _ in range(options.repeats):
+                digits = str(generator.randrange(10_000, 100_000))
+                needle = tokenizer(f"\n\nThe pass key is {digits}. Remember it: {digits}.\n\n")[
+                    "input_ids"
+                ]
+                ask = tokenizer(f"\n\nWhat is the pass key? The pass key is")["input_ids"]  # noqa: F541
+                room = n - len(needle) - len(ask)
+                start = generator.randrange(len(filler) - room)
+                at = int(depth * room)
+                body = filler[start : start + room]
+                ids = torch.tensor([[*body[:at], *needle, *body[at:], *ask]])
+                row: dict[str, Any] = {"n": n, "depth": depth}
+                for name in ("exact", "plan"):
+                    if name == "plan":
+                        cb.apply_plan(model, plan, min_length=0)
+                    done = model.generate(
+                        ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False
+                    )
+                    if name == "plan":
+                        cb.remove_plan(model)
+                    row[name] = digits in tokenizer.decode(done[0, n:])
+                rows.append(row)
+                print(row, flush=True)
+    print("\n| n | depth | exact | plan |\n|---|---|---|---|")
+    for n in options.lengths:
+        for depth in DEPTHS:
+            own = [row for row in rows if row["n"] == n and row["depth"] == depth]
+            found = (f"{sum(row[name] for row in own)} of {len(own)}" for name in ("exact", "plan"))
+            print(f"| {n:,} | {depth:.0%} | {' | '.join(found)} |")
+    _save(options.folder / "pretrained-passkey.json", rows)
+
+
+@torch.no_grad()
+def long(options: argparse.Namespace) -> None:
+    """Time of a prompt beyond the model's positions, which are stretched, fallbacks included."""
+    loaded = load_smollm2()
+    model = loaded.model
+    plan = Plan.load(plan_file(options))
+    rows = []
+    for n in options.lengths:
+        ids = token_ids(loaded.tokenizer, sample_text(), n)
+        positions = torch.arange(n)[None] * min(1.0, 8192 / n)
+        with timed_attention(model) as clock:
+            seconds = {}
+            for name, method in (("plan", Planned(plan, True)), ("exact", None)):
+                with using(model, method, clock):
+                    clock.seconds = 0.0
+                    begin = time.perf_counter()
+                    model(ids, position_ids=positions, use_cache=True, logits_to_keep=1)
+                    seconds[name] = (clock.seconds, time.perf_counter() - begin)
+                    if method is not None:
+                        report = cb.plan_report(model)._asdict()
+        ratios = [a / b for a, b in zip(seconds["exact"], seconds["plan"], strict=True)]
+        rows.append({"n": n, "seconds": seconds, "report": report})
+        print(f"| {n:,} | {ratios[0]:.2f}x | {ratios[1]:.2f}x | {report} |", flush=True)
+    _save(options.folder / "pretrained-long.json", rows)
+
+
+def _save(path: Path, rows: list[dict[str, Any]], **others: Any) -> None:
+    content = {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "machine": platform.machine(),
+        **others,
+        "rows": rows,
+    }
+    save_text(path, json.dumps(content, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parts = parser.add_subparsers(required=True)
-    part = parts.add_parser("calibrate")
-    part.add_argument("--tolerance", type=float, default=0.2)
-    part.add_argument("--margin", type=float, default=0.65, help="of the tolerance")
-    part.set_defaults(job=calibrate)
-    other = parts.add_parser("score")
-    other.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192])
-    other.add_argument("--text", type=Path, nargs="*", default=[])
-    other.add_argument("--kinds", nargs="*", default=[], help="of texts; all by default")
-    other.add_argument("--plans", type=Path, nargs="*", default=[], help="instead of calibrate's")
-    other.add_argument("--methods", nargs="*", default=[])
-    other.add_argument("--repeats", type=int, default=1)
-    other.set_defaults(job=score)
-    for each in (part, other):
-        each.add_argument("--length", type=int, default=8192, help="of the calibration")
-        each.add_argument("--folder", type=Path, default=RESULTS)
+    jobs = parser.add_subparsers(required=True)
+    for job in (calibrate, score, parts, passkey, long):
+        part = jobs.add_parser(job.__name__)
+        part.set_defaults(job=job)
+        part.add_argument("--length", type=int, default=8192, help="of the calibration")
+        part.add_argument("--folder", type=Path, default=RESULTS)
+        part.add_argument("--margin", type=float, default=0.8, help="of the tolerance")
+        if job is calibrate:
+            part.add_argument("--tolerance", type=float, default=0.25)
+            part.add_argument("--budget", type=float, default=0.003, help="KL, in nats")
+            continue
+        lengths = [32_768] if job is long else [2048, 4096, 8192]
+        part.add_argument("--lengths", type=int, nargs="+", default=lengths)
+        part.add_argument("--repeats", type=int, default=1)
+        if job in (score, parts):
+            part.add_argument("--text", type=Path, nargs="*", default=[])
+            part.add_argument("--kinds", nargs="*", default=[], help="of texts; all by default")
+            part.add_argument("--methods", nargs="*", default=[])
+        if job is score:
+            part.add_argument(
+                "--plans", type=Path, nargs="*", default=[], help="instead of calibrate's"
+            )
     options = parser.parse_args()
     options.job(options)
 

@@ -18,7 +18,7 @@ def measured(*bounds: list[float]) -> Measured:
 
 def test_the_cheapest_good_enough_setting_is_taken():
     layer = measured([0.2, 0.05], [0.08, 0.04], [0.01, 0.01])
-    (heads,) = choose([[layer]], [0.2, 0.4, 0.6], LADDER, 0.1)
+    (heads,) = choose([[layer]], [0.2, 0.4, 0.6], LADDER, 0.1).heads
     assert [head.setting for head in heads] == [LADDER[1], LADDER[0]]
     assert [head.error for head in heads] == pytest.approx([0.08, 0.05])
     assert [head.cost for head in heads] == [0.4, 0.2]
@@ -26,13 +26,13 @@ def test_the_cheapest_good_enough_setting_is_taken():
 
 def test_costs_order_the_ladder_not_its_places():
     layer = measured([0.05], [0.05], [0.05])
-    ((head,),) = choose([[layer]], [0.5, 0.3, 0.4], LADDER, 0.1)
+    ((head,),) = choose([[layer]], [0.5, 0.3, 0.4], LADDER, 0.1).heads
     assert head.setting == LADDER[1]
 
 
 def test_a_head_is_exact_where_nothing_is_good_enough_or_cheaper():
     layer = measured([0.5, 0.01], [0.5, 0.5], [0.5, 0.5])
-    (heads,) = choose([[layer]], [1.1, 0.3, 0.4], LADDER, 0.1)
+    (heads,) = choose([[layer]], [1.1, 0.3, 0.4], LADDER, 0.1).heads
     assert [head.setting for head in heads] == [None, None]
     assert heads[0].cost == 1.0
 
@@ -40,8 +40,31 @@ def test_a_head_is_exact_where_nothing_is_good_enough_or_cheaper():
 def test_every_text_counts():
     one = measured([0.05], [0.05], [0.05])
     other = measured([0.5], [0.05], [0.05])
-    ((head,),) = choose([[one], [other]], [0.2, 0.3, 0.4], LADDER, 0.1)
+    ((head,),) = choose([[one], [other]], [0.2, 0.3, 0.4], LADDER, 0.1).heads
     assert head.setting == LADDER[1]
+
+
+def test_a_budget_goes_to_the_heads_that_matter():
+    layer = measured([0.09, 0.09], [0.05, 0.05], [0.01, 0.01])
+    costs = [0.2, 0.4, 0.6]
+    effects = [[1.0, 0.1]]
+    loose = choose([[layer]], costs, LADDER, 0.1, 1.0, effects)
+    assert [head.setting for head in loose.heads[0]] == [LADDER[0], LADDER[0]]
+    assert loose.predicted_kl == pytest.approx(1.1 * 0.09**2)
+    tight = choose([[layer]], costs, LADDER, 0.1, 0.004, effects)
+    assert [head.setting for head in tight.heads[0]] == [LADDER[1], LADDER[0]]
+    assert tight.predicted_kl == pytest.approx(0.05**2 + 0.1 * 0.09**2)
+    none = choose([[layer]], costs, LADDER, 0.1, 0.0, effects)
+    assert [head.setting for head in none.heads[0]] == [None, None]
+    assert none.predicted_kl == 0.0
+    # What is predicted counts true errors, what is allowed their bounds; both are the worst text's.
+    one, other = (
+        Measured([[b], [0.05], [0.01]], [[e], [0.02], [0.01]]) for b, e in ((0.2, 0.01), (0.05, 0.03))
+    )
+    kept = choose([[one], [other]], costs, LADDER, 0.1, 1.0, [[1.0]])
+    assert kept.heads[0][0].setting == LADDER[1]
+    assert kept.predicted_kl == pytest.approx(0.02**2)
+    assert choose([[layer]], costs, LADDER, 0.1).predicted_kl is None
 
 
 def test_measuring_a_ladder_finds_errors_and_their_bounds():

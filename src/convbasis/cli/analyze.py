@@ -145,7 +145,7 @@ def _suits(
 ) -> dict[int, list[str]]:
     measured = [Measured(own.bounds, own.errors) for own in profiles.values()]
     costs = next(iter(profiles.values())).costs
-    planned = choose([measured], costs, ladder, tolerance)
+    planned = choose([measured], costs, ladder, tolerance).heads
     found = {}
     for (layer, own), heads in zip(profiles.items(), planned, strict=True):
         found[layer] = [

@@ -18,16 +18,18 @@ from ..plan.choice import choose
 from ..plan.ladder import Costs, Measured, default_ladder, measure, measure_costs
 from .capture import CapturedLayer, observe_layers
 from .checkpoint import Checkpoint
+from .sensitivity import head_sensitivities
 
-_COSTS = "costs"
+_COSTS, _SENSITIVITIES = "costs", "sensitivities"
 
 
 def calibrate(
     model: Any,
     token_ids: Tensor | Sequence[Tensor],
     *,
-    tolerance: float = 0.1,
-    margin: float = 0.65,
+    tolerance: float = 0.25,
+    margin: float = 0.8,
+    budget: float | None = 0.003,
     ladder: Sequence[HeadSetting] | None = None,
     checkpoint: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -45,6 +47,10 @@ def calibrate(
             any text; 0.1 is 10 %.
         margin: part of the tolerance that the bound may take up in these texts; what is left is for
             prompts unlike them, in which a head beyond the tolerance is computed twice.
+        budget: the largest KL(exact || planned) of the next token's distribution, in nats, that the
+            heads' errors may add up to in these texts; a perplexity rises by about this share. Heads
+            share it by what their errors do to the model, see `head_sensitivities`. None for no budget:
+            then the tolerance alone counts, and the model is not run backward.
         ladder: the settings to choose from; by default windows, columns, blocks and segments of two
             sizes.
         checkpoint: a JSON file that keeps what is measured, layer by layer; a run that was stopped goes
@@ -65,13 +71,15 @@ def calibrate(
 
     Example:
         >>> import convbasis as cb  # doctest: +SKIP
-        >>> plan = cb.calibrate(model, token_ids, tolerance=0.1)  # doctest: +SKIP
+        >>> plan = cb.calibrate(model, token_ids, tolerance=0.25)  # doctest: +SKIP
         >>> plan.save("plan.json")  # doctest: +SKIP
     """
     if not check_nonnegative("tolerance", tolerance) > 0:
         raise InputError("tolerance=0 allows no approximation; give a positive relative error")
     if not 0 < check_nonnegative("margin", margin) <= 1:
         raise InputError(f"margin={margin} is not in (0, 1]; it is a part of the tolerance")
+    if budget is not None:
+        check_nonnegative("budget", budget)
     texts = _texts(token_ids)
     n = texts[0].shape[1]
     shape = ModelShape.of(model)
@@ -100,16 +108,21 @@ def calibrate(
             if f"{index}.{layer}" not in kept:
                 kept.add(f"{index}.{layer}", measure(*given, steps, seed)._asdict())
             if progress is not None:
-                progress(len(kept) - 1, total)
+                progress(len(kept) - 1 - (_SENSITIVITIES in kept), total)
 
         observe_layers(model, text, observe)
+    if budget is not None and _SENSITIVITIES not in kept:
+        kept.add(_SENSITIVITIES, head_sensitivities(model, texts[0], seed=seed))
     layers = range(shape.layers)
     measured = [[_measured(kept, index, layer) for layer in layers] for index in range(len(texts))]
     costs = Costs(**kept[_COSTS])
-    heads = choose(measured, costs.costs, steps, margin * tolerance)
-    usual = Counter(head.setting for layer in heads for head in layer if head.setting is not None)
+    effects = None if budget is None else kept[_SENSITIVITIES]
+    chosen = choose(measured, costs.costs, steps, margin * tolerance, budget, effects)
+    usual = Counter(
+        head.setting for layer in chosen.heads for head in layer if head.setting is not None
+    )
     shortest = n if not usual else costs.shortest[steps.index(usual.most_common(1)[0][0])]
-    return Plan(shape, digest, float(tolerance), n, shortest, heads)
+    return Plan(shape, digest, float(tolerance), n, shortest, chosen.heads, chosen.predicted_kl)
 
 
 def _measured(kept: Checkpoint, text: int, layer: int) -> Measured:

@@ -6,7 +6,8 @@ import contextvars
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,12 +63,6 @@ def observe_layers(
             with soft-capped logits.
         MissingExtraError: transformers is not installed.
     """
-    try:
-        from transformers import AttentionInterface, AttentionMaskInterface
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-        from transformers.masking_utils import sdpa_mask
-    except ImportError as error:
-        raise MissingExtraError("capturing attention", "hf", error) from error
     from .exact import beyond_sdpa
 
     if input_ids.ndim != 2 or input_ids.shape[0] != 1:
@@ -86,19 +81,48 @@ def observe_layers(
             scaling = options.get("scaling")
             scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
             found(module.layer_idx, CapturedLayer(query, key, value, scale))
-        return sdpa_attention_forward(module, query, key, value, mask, **options)
+        return exact_sdpa(module, query, key, value, mask, **options)
 
+    token = _observer.set(observe)
+    try:
+        with attending(model, attention):
+            # The mask of ones keeps equal positions from being read as packed documents.
+            ones = torch.ones_like(input_ids)
+            model.base_model(input_ids, attention_mask=ones, position_ids=position_ids, use_cache=False)
+    finally:
+        _observer.reset(token)
+
+
+def exact_sdpa(*inputs: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
+    """Return what a layer attends to with torch's own operator, as transformers calls it."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    return sdpa_attention_forward(*inputs, **options)
+
+
+@contextmanager
+def attending(model: Any, attention: Callable[..., tuple[Tensor, Tensor | None]]) -> Iterator[None]:
+    """Let a model attend through a function of one's own, with SDPA's masks.
+
+    Args:
+        model: a transformers model whose attention goes through the attention interface.
+        attention: what every layer calls.
+
+    Raises:
+        MissingExtraError: transformers is not installed.
+    """
+    try:
+        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers.masking_utils import sdpa_mask
+    except ImportError as error:
+        raise MissingExtraError("capturing attention", "hf", error) from error
     AttentionInterface.register(_NAME, attention)
     AttentionMaskInterface.register(_NAME, sdpa_mask)
     before = model.config._attn_implementation
-    token = _observer.set(observe)
     try:
         model.set_attn_implementation(_NAME)
-        # The mask of ones keeps equal positions from being read as packed documents.
-        ones = torch.ones_like(input_ids)
-        model.base_model(input_ids, attention_mask=ones, position_ids=position_ids, use_cache=False)
+        yield
     finally:
-        _observer.reset(token)
         model.set_attn_implementation(before)
 
 

@@ -30,7 +30,12 @@ class MaskSpec:
     @property
     def begins(self) -> bool:
         """Whether the cache was empty before this call."""
-        return int(self._arguments["q_offset"]) == 0
+        return self.offset == 0
+
+    @property
+    def offset(self) -> int:
+        """Tokens in the cache before this call."""
+        return int(self._arguments["q_offset"])
 
     @property
     def is_plain(self) -> bool:
@@ -50,6 +55,13 @@ class MaskSpec:
         """Whether each prompt's real tokens stand together."""
         padding = self._padding()
         return padding is None or bool((padding.diff(dim=1).sum(1) + padding[:, 0] <= 2).all())
+
+    def hides_padding(self) -> bool:
+        """Whether any key, of the cache or of this call, is padding."""
+        given = self._arguments["attention_mask"]
+        return given is not None and not bool(
+            given[:, : self.offset + self._arguments["q_length"]].all()
+        )
 
     def for_sdpa(self, device: torch.device) -> Tensor | None:
         """Return the mask of scaled dot product attention, bool; None where it is plain."""

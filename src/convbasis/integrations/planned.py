@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from ..checks import check_nonnegative_int, describe
 from ..errors import ConvBasisWarning, InputError, MissingPathError
 from ..plan import HeadPlan, Plan
+from .chunks import ChunkedLayer
 
 logger = logging.getLogger("convbasis")
 
@@ -45,6 +46,7 @@ class AppliedPlan:
     min_length: int
     dynamic: bool
     training: bool
+    chunked: bool
     before: str
     """The attention implementation to restore."""
     prefills: int = 0
@@ -52,6 +54,8 @@ class AppliedPlan:
     exact: int = 0
     fallen_back: int = 0
     told: set[str] = field(default_factory=set)
+    chunks: dict[int, ChunkedLayer] = field(default_factory=dict)
+    """Of each layer, where the prompt may come in chunks."""
 
     def layer(self, index: int) -> tuple[HeadPlan, ...]:
         """Return the plans of a layer's heads."""
@@ -97,6 +101,7 @@ def apply_plan(
     min_length: int | None = None,
     dynamic: bool = True,
     training: bool = False,
+    chunked: bool = False,
 ) -> None:
     """Let a loaded transformers model attend to long prompts by a plan.
 
@@ -115,6 +120,11 @@ def apply_plan(
         dynamic: compute a head again exactly when its estimated error in a prompt exceeds the plan's
             tolerance. Always so for prompts longer than twice the calibrated length.
         training: approximate in training mode too.
+        chunked: the prompt may come in several calls with one cache (chunked prefill): each is
+            approximated, strictly causally, with sizes as for a prompt of the calibrated length. What
+            the plan weighs or corrects by the whole prompt is left out, so that more heads fall back. A
+            chunk counts as a prefill in the report; a chunk after decoded tokens, or with padding, is
+            exact.
 
     Raises:
         InputError: the plan is for another model, the model does not attend through the attention
@@ -158,7 +168,7 @@ def apply_plan(
             f"{type(model).__name__} does not attend through the attention interface of transformers; "
             "a plan needs a model that does"
         )
-    applied = AppliedPlan(plan, min_length, bool(dynamic), bool(training), before)
+    applied = AppliedPlan(plan, min_length, bool(dynamic), bool(training), bool(chunked), before)
     for module in (model, *layers):
         setattr(module, _ATTRIBUTE, applied)
 

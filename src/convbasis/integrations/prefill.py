@@ -54,7 +54,7 @@ def planned_prefill(
     fallen_back = torch.zeros(batch, count, dtype=torch.bool)
     for setting, members in by_setting.items():
         stats = hybrid_attention_stats(
-            *_of_heads(members, query, key, value),
+            *of_heads(members, query, key, value),
             **setting._asdict(),
             scale=scale,
             enable_gqa=True,
@@ -68,7 +68,7 @@ def planned_prefill(
         members = [head for head in range(count) if exact[head]]
         if members:
             real = slice(None) if padding is None else padding[row].nonzero()[:, 0]
-            chosen = _of_heads(members, *(x[row : row + 1, :, real] for x in (query, key, value)))
+            chosen = of_heads(members, *(x[row : row + 1, :, real] for x in (query, key, value)))
             found = scaled_dot_product_attention(*chosen, is_causal=True, scale=scale, enable_gqa=True)
             places = torch.tensor(members, device=query.device)
             if padding is None:
@@ -104,7 +104,7 @@ def sliding_prefill(
     )
 
 
-def _of_heads(
+def of_heads(
     members: list[int], query: Tensor, key: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the queries of some heads with their keys and values, shared where whole groups share."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from ..checks import check_finite
 from ..errors import MissingExtraError
+from ..plan import HeadPlan
 from .planned import (
     NAME,
     AppliedPlan,
@@ -32,6 +34,7 @@ try:
 except ImportError as error:
     raise MissingExtraError(f"attn_implementation={NAME!r}", "hf", error) from error
 
+from .chunks import ChunkedLayer
 from .exact import Mask, exact_attention
 from .masks import MaskSpec, describe_mask
 from .prefill import planned_prefill, sliding_prefill
@@ -82,20 +85,27 @@ def _attend_by_plan(
 ) -> tuple[Tensor, Tensor | None]:
     layer, n = module.layer_idx, query.shape[2]
     begins = mask.begins if isinstance(mask, MaskSpec) else n == key.shape[2]
-    if not begins:
+    if not begins and not (applied.chunked and n > 1):
         return _exact_and_finite(module, query, key, value, mask, **options)
     heads = applied.layer(layer)
-    planned = n > applied.min_length and any(head.setting is not None for head in heads)
+    planned = (applied.chunked or n > applied.min_length) and any(
+        head.setting is not None for head in heads
+    )
     if planned and module.training and not applied.training:
         planned = False
         applied.tell_once("the model is in training mode; training=True approximates", logging.INFO)
-    elif planned and (reason := why_exact(module, query, mask, options, len(heads))) is not None:
-        planned = False
-        applied.tell_once(reason)
+    elif planned:
+        reason = why_exact(module, query, mask, options, len(heads))
+        if reason is None and applied.chunked:
+            reason = _why_no_chunk(applied, module, mask)
+        if reason is not None:
+            planned = False
+            applied.tell_once(reason)
     if not planned or not isinstance(mask, MaskSpec):
         applied.count(layer, len(query), approximated=0, fallen_back=0)
         return _exact_and_finite(module, query, key, value, mask, **options)
-    key, value = key[:, :, :n], value[:, :, :n]  # a static cache is longer than the prompt
+    end = mask.offset + n
+    key, value = key[:, :, :end], value[:, :, :end]  # a static cache is longer than the prompt
     kind = query.device.type
     if torch.is_autocast_enabled(kind):  # rotary positions leave queries and keys in float32
         dtype = torch.get_autocast_dtype(kind)
@@ -103,6 +113,11 @@ def _attend_by_plan(
     _check_layer(layer, query=query, key=key, value=value)
     scaling = options.get("scaling")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    if applied.chunked:
+        if begins:
+            applied.chunks[layer] = ChunkedLayer(heads, applied.plan.calibrated_length, scale)
+        chunk = applied.chunks[layer].attend(query, key, value, applied.tolerance(end))
+        return _counted(applied, layer, heads, *chunk)
     tensors, padding = (query, key, value), mask.padding(query.device)
     if mask.window is not None and mask.window < n:
         applied.count(layer, len(query), approximated=0, fallen_back=0)
@@ -111,9 +126,35 @@ def _attend_by_plan(
     output, fallen_back = planned_prefill(
         *tensors, heads, scale=scale, padding=padding, tolerance=applied.tolerance(n)
     )
+    return _counted(applied, layer, heads, output, fallen_back)
+
+
+def _why_no_chunk(applied: AppliedPlan, module: Any, mask: Mask) -> str | None:
+    """Return why a chunk of a prompt cannot be approximated, or None."""
+    if not isinstance(mask, MaskSpec):
+        return "an explicit attention mask"
+    if mask.hides_padding():
+        applied.chunks.pop(module.layer_idx, None)
+        return "padding in a prompt that comes in chunks"
+    if mask.window is not None:
+        return "a sliding window in a prompt that comes in chunks"
+    known = applied.chunks.get(module.layer_idx)
+    if not mask.begins and (known is None or known.length != mask.offset):
+        return "a chunk after tokens that were not attended to as chunks"
+    return None
+
+
+def _counted(
+    applied: AppliedPlan,
+    layer: int,
+    heads: Sequence[HeadPlan],
+    output: Tensor,
+    fallen_back: Tensor,
+) -> tuple[Tensor, None]:
+    """Return what the model wants of a planned prompt, and count and log its heads."""
     again = int(fallen_back.sum())
-    approximated = len(query) * sum(head.setting is not None for head in heads)
-    applied.count(layer, len(query), approximated=approximated - again, fallen_back=again)
+    approximated = len(output) * sum(head.setting is not None for head in heads)
+    applied.count(layer, len(output), approximated=approximated - again, fallen_back=again)
     if again:
         _logger.info(
             "layer %d: the estimated error of %d of %d approximated heads exceeds %g; they are exact",

@@ -31,6 +31,7 @@ def dumps(plan: Plan) -> str:
         "tolerance": plan.tolerance,
         "calibrated_length": plan.calibrated_length,
         "min_length": plan.min_length,
+        "predicted_kl": plan.predicted_kl,
     }
     lines = [f"  {json.dumps(name)}: {json.dumps(value)}," for name, value in top.items()]
     layers = [
@@ -99,7 +100,7 @@ def _plan(parsed: object) -> Plan:
         "tolerance",
         "calibrated_length",
     )
-    top = _fields("the file", parsed, (*names, "min_length", "layers"))
+    top = _fields("the file", parsed, (*names, "min_length", "predicted_kl", "layers"))
     names = tuple(field.name for field in dataclasses.fields(ModelShape))
     shape = _make("model", ModelShape, **_fields("model", top["model"], names))
     length = top["calibrated_length"]
@@ -117,6 +118,7 @@ def _plan(parsed: object) -> Plan:
         calibrated_length=length,
         min_length=top["min_length"],
         heads=layers,
+        predicted_kl=top["predicted_kl"],
     )
 
 

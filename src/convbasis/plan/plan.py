@@ -49,6 +49,8 @@ class Plan:
         calibrated_length: tokens of the calibration prompts.
         min_length: prompts of at most so many tokens are attended exactly: the measured crossover.
         heads: for each layer, one `HeadPlan` for each query head.
+        predicted_kl: what the heads' errors add up to in the calibration texts: KL(exact || planned) of
+            the next token's distribution, in nats; None if it was not predicted.
 
     Example:
         >>> shape = ModelShape("tiny", "llama", layers=1, heads=2, kv_heads=1, head_dim=8)
@@ -64,6 +66,7 @@ class Plan:
     calibrated_length: int
     min_length: int
     heads: tuple[tuple[HeadPlan, ...], ...]
+    predicted_kl: float | None = None
 
     def __post_init__(self) -> None:
         """Check every field, and that they agree."""
@@ -78,6 +81,8 @@ class Plan:
             raise InputError("tolerance=0 allows no approximation; give a positive relative error")
         check_positive_int("calibrated_length", self.calibrated_length, "a number of tokens")
         check_nonnegative_int("min_length", self.min_length)
+        if self.predicted_kl is not None:
+            check_nonnegative("predicted_kl", self.predicted_kl)
         object.__setattr__(self, "heads", tuple(map(tuple, self.heads)))
         if len(self.heads) != self.model.layers:
             raise InputError(f"heads has {len(self.heads)} layers; the model has {self.model.layers}")

@@ -1,0 +1,88 @@
+"""A prompt of a planned layer that comes in chunks: each head by its setting, strictly causal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from ..hybrid import HybridState
+from ..plan import ConcreteSetting, HeadPlan
+from .prefill import Prefill, of_heads
+
+
+class ChunkedLayer:
+    """What one layer carries from chunk to chunk of one batch of prompts."""
+
+    def __init__(self, heads: Sequence[HeadPlan], n: int, scale: float) -> None:
+        """Begin a prompt.
+
+        Args:
+            heads: the plan of each head. Key weights and corrections need the whole prompt and are left
+                out; so is a convolution.
+            n: tokens that the sizes of settings are stated for: how long the prompt will be is unknown.
+            scale: factor of the logits.
+        """
+        by_setting: dict[ConcreteSetting, list[int]] = {}
+        for head, planned in enumerate(heads):
+            if planned.setting is not None:
+                by_setting.setdefault(_strictly(planned.setting.at(n)), []).append(head)
+        self._groups = [
+            (
+                members,
+                HybridState(
+                    window=sizes.window,
+                    sinks=sizes.sinks,
+                    columns=sizes.columns,
+                    blocks=sizes.blocks,
+                    far_field=sizes.far_field,
+                    scale=scale,
+                    enable_gqa=True,
+                ),
+            )
+            for sizes, members in by_setting.items()
+        ]
+        self._count, self._scale = len(heads), scale
+        self.length = 0
+        """Tokens so far."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, tolerance: float | None) -> Prefill:
+        """Return causal attention of the next tokens over all so far.
+
+        Args:
+            query: ``(B, H, m, d)``.
+            key: ``(B, H_kv, length + m, d)``.
+            value: ``(B, H_kv, length + m, d_v)``.
+            tolerance: a head whose estimated error in these rows exceeds it is computed exactly in
+                them; None leaves every head as it is.
+        """
+        batch, _, m, _ = query.shape
+        output = query.new_empty(batch, self._count, m, value.shape[-1])
+        exact = torch.ones(batch, self._count, dtype=torch.bool)
+        fallen_back = torch.zeros_like(exact)
+        for members, state in self._groups:
+            stats = state.attend_stats(*of_heads(members, query, key, value))
+            output[:, members] = stats.output
+            exact[:, members] = False
+            if tolerance is not None:
+                fallen_back[:, members] = ~(stats.error_estimate <= tolerance).cpu()
+        self.length += m
+        again = exact | fallen_back
+        visible = torch.ones(m, key.shape[2], dtype=torch.bool, device=query.device)
+        visible = visible.tril(key.shape[2] - m)
+        for row in range(batch):
+            members = again[row].nonzero()[:, 0].tolist()
+            if members:
+                chosen = of_heads(members, *(x[row : row + 1] for x in (query, key, value)))
+                output[row, members] = scaled_dot_product_attention(
+                    *chosen, attn_mask=visible, scale=self._scale, enable_gqa=True
+                )[0]
+        return Prefill(output, fallen_back)
+
+
+def _strictly(sizes: ConcreteSetting) -> ConcreteSetting:
+    """Return what a setting computes where later tokens are unknown."""
+    far = "none" if sizes.far_field == "conv" else sizes.far_field
+    return sizes._replace(far_field=far, key_weights=False, correction=False)

@@ -1,0 +1,143 @@
+"""Prompts that come in chunks: approximated as one call is, exact where they cannot be."""
+
+import logging
+
+import pytest
+import torch
+from tiny_models import LITTLE, build, ids, padded, plan_for
+from transformers import DynamicCache, StaticCache
+
+import convbasis as cb
+from convbasis.plan import HeadSetting
+
+WEIGHED = HeadSetting(
+    window=8, sinks=1, columns=4, blocks=1, far_field="segments", key_weights=True, correction=True
+)
+CONV = HeadSetting(window=8, sinks=1, columns=4, far_field="conv")
+
+
+def chunked(family="llama", setting=LITTLE, plan=(), **options):
+    reference, model = build(family), build(family)
+    options = {"dynamic": False, "chunked": True, **options}
+    cb.apply_plan(model, plan_for(model, setting, **dict(plan)), **options)
+    return model, reference
+
+
+@torch.no_grad()
+def in_chunks(model, tokens, bounds, cache=None, mask=None):
+    """Logits of a prompt in several calls with one cache."""
+    cache = DynamicCache() if cache is None else cache
+    found = []
+    for begin, end in bounds:
+        given = {} if mask is None else {"attention_mask": mask[:, :end]}
+        found.append(model(tokens[:, begin:end], past_key_values=cache, **given).logits)
+    return torch.cat(found, 1)
+
+
+def worst(a, b):
+    return float((a - b).abs().max())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+def test_within_the_window_chunks_are_exact(family):
+    model, reference = chunked(family, HeadSetting(window=300), plan={"length": 400})
+    tokens = ids(200, 2)
+    with torch.no_grad():
+        expected = reference(tokens).logits
+    bounds = [(0, 40), (40, 150), (150, 200)]
+    assert worst(in_chunks(model, tokens, bounds), expected) <= 1e-4
+    report = cb.plan_report(model)
+    assert report.prefills == 6
+    assert (report.heads_exact, report.heads_fallen_back) == (0, 0)
+
+
+@pytest.mark.parametrize("setting", [LITTLE, WEIGHED, CONV], ids=["little", "weighed", "conv"])
+@pytest.mark.parametrize("static", [False, True])
+def test_chunks_of_any_size_give_what_one_call_gives(setting, static):
+    tokens = ids(200, 2)
+    results = []
+    for bounds in ([(0, 200)], [(0, 70), (70, 200)], [(0, 130), (130, 135), (135, 200)]):
+        model, reference = chunked(setting=setting)
+        cache = StaticCache(config=model.config, max_cache_len=230) if static else None
+        results.append(in_chunks(model, tokens, bounds, cache))
+    assert worst(results[0], results[1]) <= 1e-5
+    assert worst(results[0], results[2]) <= 1e-5
+    with torch.no_grad():
+        assert worst(results[0], reference(tokens).logits) > 1e-3
+
+
+def test_a_head_that_exceeds_the_tolerance_is_exact_in_its_chunk():
+    model, reference = chunked(plan={"tolerance": 1e-9}, dynamic=True)
+    tokens = ids(200)
+    with torch.no_grad():
+        expected = reference(tokens).logits
+    assert worst(in_chunks(model, tokens, [(0, 100), (100, 200)]), expected) <= 1e-4
+    report = cb.plan_report(model)
+    assert report.heads_fallen_back == 16
+    assert report.prefills == 2
+
+
+def test_exact_heads_stay_exact():
+    tokens = ids(200)
+    found = []
+    for exact_heads in ((), (0,)):
+        model, _ = chunked(plan={"exact_heads": exact_heads})
+        found.append(in_chunks(model, tokens, [(0, 100), (100, 200)]))
+    assert worst(*found) > 1e-5
+
+
+def test_without_asking_following_chunks_are_exact():
+    tokens = ids(200)
+    asked, _ = chunked(chunked=True)
+    not_asked, _ = chunked(chunked=False)
+    bounds = [(0, 100), (100, 200)]
+    assert worst(in_chunks(asked, tokens, bounds), in_chunks(not_asked, tokens, bounds)) > 1e-4
+    assert cb.plan_report(not_asked).prefills == 1
+
+
+def test_a_chunk_after_decoded_tokens_is_exact(caplog):
+    model, _ = chunked()
+    tokens = ids(200)
+    cache, expected = DynamicCache(), DynamicCache()
+    in_chunks(model, tokens, [(0, 100), (100, 101)], cache)
+    before = cb.plan_report(model)
+    with caplog.at_level(logging.WARNING, "convbasis"):
+        following = in_chunks(model, tokens, [(101, 200)], cache)
+    assert "not attended to as chunks" in caplog.text
+    after = cb.plan_report(model)
+    assert after.heads_approximated == before.heads_approximated
+    assert after.heads_exact > before.heads_exact
+    # The same cache, read exactly.
+    cb.remove_plan(model)
+    other, _ = chunked()
+    in_chunks(other, tokens, [(0, 100), (100, 101)], expected)
+    assert worst(following, in_chunks(model, tokens, [(101, 200)], expected)) <= 1e-5
+
+
+def test_a_new_prompt_begins_anew():
+    model, _ = chunked()
+    tokens = ids(200)
+    bounds = [(0, 100), (100, 200)]
+    first = in_chunks(model, tokens, bounds)
+    in_chunks(model, tokens.flip(1), bounds[:1])
+    assert torch.equal(first, in_chunks(model, tokens, bounds))
+
+
+def test_padded_prompts_are_exact(caplog):
+    model, reference = chunked()
+    tokens, mask = padded(ids(200, 2), "left", (0, 13))
+    with caplog.at_level(logging.WARNING, "convbasis"):
+        found = in_chunks(model, tokens, [(0, 100), (100, 200)], mask=mask)
+    with torch.no_grad():
+        expected = reference(tokens, attention_mask=mask).logits
+    assert worst(found[mask.bool()], expected[mask.bool()]) <= 1e-4
+    assert "padding in a prompt that comes in chunks" in caplog.text
+
+
+def test_sliding_windows_are_exact(caplog):
+    model, reference = chunked("mistral")
+    tokens = ids(200)
+    with caplog.at_level(logging.WARNING, "convbasis"):
+        found = in_chunks(model, tokens, [(0, 100), (100, 200)])
+    with torch.no_grad():
+        assert worst(found, reference(tokens).logits) <= 1e-4
