@@ -1,11 +1,11 @@
-"""Doctests of the pages write into a folder of their own; what builds the site holds none."""
+"""Doctests of the pages write into a folder of their own; conftests and what builds the site hold none."""
 
 from pathlib import Path
 
 import pytest
 
 DOCS = Path(__file__).parent / "docs"
-collect_ignore_glob = ["conftest.py", "docs/*/*.py"]
+collect_ignore_glob = ["conftest.py", "tests/conftest.py", "tests/*/conftest.py", "docs/*/*.py"]
 
 
 @pytest.fixture(autouse=True)
