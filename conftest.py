@@ -1,4 +1,4 @@
-"""Doctests of the pages write into a folder of their own; conftests and helpers of the site hold none."""
+"""Doctests of the pages write into a folder of their own; no conftest holds any."""
 
 from pathlib import Path
 
