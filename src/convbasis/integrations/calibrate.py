@@ -27,9 +27,9 @@ def calibrate(
     model: Any,
     token_ids: Tensor | Sequence[Tensor],
     *,
-    tolerance: float = 0.25,
-    margin: float = 0.8,
-    budget: float | None = 0.003,
+    tolerance: float = 0.3,
+    margin: float = 0.65,
+    budget: float | None = 0.002,
     ladder: Sequence[HeadSetting] | None = None,
     checkpoint: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -71,7 +71,7 @@ def calibrate(
 
     Example:
         >>> import convbasis as cb  # doctest: +SKIP
-        >>> plan = cb.calibrate(model, token_ids, tolerance=0.25)  # doctest: +SKIP
+        >>> plan = cb.calibrate(model, token_ids, tolerance=0.3)  # doctest: +SKIP
         >>> plan.save("plan.json")  # doctest: +SKIP
     """
     if not check_nonnegative("tolerance", tolerance) > 0:
