@@ -12,6 +12,7 @@ How each kind of block is checked:
 """
 
 import importlib.util
+import inspect
 import re
 import shlex
 import subprocess
@@ -202,6 +203,15 @@ def test_installations_name_what_exists(page, words):
         elif extras.group(1):
             for extra in extras.group(1).split(","):
                 assert re.search(rf"^{extra} = \[", project, re.MULTILINE), extra
+
+
+def test_defaults_on_the_page_of_settings_are_those_of_the_code():
+    from convbasis import calibrate
+
+    text = (DOCS / "settings.md").read_text()
+    for option in ("budget", "tolerance", "margin"):
+        (shown,) = re.findall(rf"^\| `{option}` \| ([0-9.]+) \|", text, re.MULTILINE)
+        assert float(shown) == inspect.signature(calibrate).parameters[option].default, option
 
 
 def test_drawings_are_those_of_the_script(tmp_path):
