@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check format bench browser-deps clean
+.PHONY: demo test check docs format bench browser-deps clean
 
 demo: $(VENV)/.installed ## the main job on real attention, with a table and a picture
 	$(BIN)/convbasis demo
@@ -23,10 +23,14 @@ browser-deps: ## the browser that tests open reports in; they are skipped withou
 	  sudo apt-get update -qq && sudo apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; \
 	fi
 
-check: $(VENV)/.installed ## format, lint, types
+check: $(VENV)/.installed docs ## format, lint, types, and the documentation site
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
+
+docs: $(VENV)/.installed ## the documentation site, into build/docs; a broken link or reference is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "the site is in build/docs: open build/docs/index.html"
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix

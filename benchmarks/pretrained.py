@@ -1,6 +1,6 @@
 """A pretrained model on long prompts: what a plan costs and what it changes.
 
-    python benchmarks/pretrained.py calibrate [--length 8192] [--budget 0.003]
+    python benchmarks/pretrained.py calibrate [--length 8192] [--budget 0.002]
     python benchmarks/pretrained.py score [--lengths 2048 4096 8192] [--text FILE ...]
     python benchmarks/pretrained.py parts [--lengths 2048 4096 8192]
     python benchmarks/pretrained.py passkey [--lengths 2048 4096 8192]
@@ -482,7 +482,7 @@ def main() -> None:
         part.add_argument("--margin", type=float, default=0.65, help="of the tolerance")
         if job is calibrate:
             part.add_argument("--tolerance", type=float, default=0.3)
-            part.add_argument("--budget", type=float, default=0.003, help="KL, in nats")
+            part.add_argument("--budget", type=float, default=0.002, help="KL, in nats")
             continue
         lengths = [32_768] if job is long else [2048, 4096, 8192]
         part.add_argument("--lengths", type=int, nargs="+", default=lengths)

@@ -114,7 +114,7 @@ class HybridState:
 
         Raises:
             InputError: (a ValueError) other shapes, heads, dtype or device than before, keys of other
-            tokens than these and all before, NaN or Inf. The state stays what it was.
+                tokens than these and all before, NaN or Inf. The state stays what it was.
         """
         return self._attend(query, key, value, False).output
 

@@ -158,7 +158,7 @@ class ConvBasisAttention(nn.Module):
 
         Raises:
             InputError: (a ValueError) a wrong shape, dtype or device, NaN, a cache of another layer or
-            batch, or a cache together with padding or documents.
+                batch, or a cache together with padding or documents.
         """
         self._check(hidden_states)
         first = 0 if cache is None else cache.length
