@@ -2,6 +2,7 @@
 
     python benchmarks/pretrained.py calibrate [--length 8192] [--budget 0.002]
     python benchmarks/pretrained.py score [--lengths 2048 4096 8192] [--text FILE ...]
+    python benchmarks/pretrained.py curve [--budgets 0.0005 0.001 0.002 0.005 0.02]
     python benchmarks/pretrained.py parts [--lengths 2048 4096 8192]
     python benchmarks/pretrained.py passkey [--lengths 2048 4096 8192]
     python benchmarks/pretrained.py long [--lengths 32768]
@@ -9,8 +10,9 @@
 `calibrate` makes a plan for SmolLM2-135M from English prose and keeps it beside the results; it goes on
 where it was stopped. `score` takes other texts: n - 512 tokens are the prompt, attended to by the plan,
 and the next 512 are scored with exact attention over the cache that the prompt left. Beside the plan:
-one without far fields, one setting for all heads, and the plain conv basis. `parts` gives every head
-the same setting, and asks what each part of hybrid attention does at which cost. KL is that of the next
+one without far fields, one setting for all heads, and the plain conv basis. `curve` does so for plans
+of several budgets, and draws KL against attention time. `parts` gives every head the same setting, and
+asks what each part of hybrid attention does at which cost. KL is that of the next
 token's distribution from exact to approximate, in nats, with a bootstrap interval over stretches of 32
 tokens; time is that of all calls of attention in the prompt, fits, choices and estimates included, and
 of the whole prompt. Methods take turns; a ratio is of medians. `passkey` hides five digits at several
@@ -45,6 +47,7 @@ from convbasis.integrations.smollm2 import load_smollm2, sample_text, token_ids
 from convbasis.plan import HeadPlan, HeadSetting, Plan
 from convbasis.plan.choice import choose
 from convbasis.plan.ladder import Measured, default_ladder, measure_costs
+from convbasis.report.figures import pareto_figure
 from convbasis.storage import save_text
 
 ROOT = Path(__file__).parent.parent
@@ -183,22 +186,21 @@ def uniform(plan: Plan, setting: HeadSetting) -> Plan:
     return dataclasses.replace(plan, heads=heads)
 
 
-def without_far_field(options: argparse.Namespace, plan: Plan) -> Plan:
-    """The plan that the same calibration makes of the settings without far field alone."""
+def replanned(options: argparse.Namespace, plan: Plan, budget: float | None, far: bool) -> Plan:
+    """The plan that the same calibration makes for a budget, with far fields or of the others alone."""
     kept = json.loads(measured_file(options).read_text(encoding="utf-8"))["measured"]
     steps = default_ladder(plan.calibrated_length)
-    near = [index for index, step in enumerate(steps) if step.far_field == "none"]
+    used = [index for index, step in enumerate(steps) if far or step.far_field == "none"]
     measured = [
-        Measured(*([kept[f"0.{layer}"][name][i] for i in near] for name in ("bounds", "errors")))
+        Measured(*([kept[f"0.{layer}"][name][i] for i in used] for name in ("bounds", "errors")))
         for layer in range(plan.model.layers)
     ]
-    costs = [kept["costs"]["costs"][index] for index in near]
     chosen = choose(
         [measured],
-        costs,
-        [steps[index] for index in near],
+        [kept["costs"]["costs"][index] for index in used],
+        [steps[index] for index in used],
         options.margin * plan.tolerance,
-        plan.predicted_kl,
+        budget,
         kept["sensitivities"],
     )
     return dataclasses.replace(plan, heads=chosen.heads, predicted_kl=chosen.predicted_kl)
@@ -218,7 +220,8 @@ def score(options: argparse.Namespace) -> None:
         **{f"{name}, never falling back": Planned(found, False) for name, found in plans.items()},
     }
     if measured_file(options).is_file():
-        methods["plan without far field"] = Planned(without_far_field(options, plan), True)
+        near = replanned(options, plan, plan.predicted_kl, far=False)
+        methods["plan without far field"] = Planned(near, True)
     methods |= {name: Planned(uniform(plan, own), False) for name, own in UNIFORM.items()}
     methods["plain conv basis, segments of 64"] = Plain()
     if options.methods:
@@ -257,6 +260,38 @@ def parts(options: argparse.Namespace) -> None:
                 f"| {statistics.fmean(row['top1'] for row in own):.1%} |"
             )
     _save(options.folder / "pretrained-parts.json", rows)
+
+
+def curve(options: argparse.Namespace) -> None:
+    """KL against attention time: plans of several budgets, and one setting for all heads."""
+    loaded = load_smollm2()
+    plan = Plan.load(plan_file(options))
+    methods: dict[str, Method] = {"exact": None}
+    for budget in options.budgets:
+        for far in (True, False):
+            found = replanned(options, plan, budget, far)
+            name = f"{'all' if far else 'near'} settings, budget {budget:g}"
+            methods[name] = Planned(found, True)
+    for name, setting in {**UNIFORM, "window 256 + segments": PARTS["window 256 + segments"]}.items():
+        methods[name] = Planned(uniform(plan, setting), False)
+    rows = _score_texts(loaded, methods, texts(options.text), options)
+    table(rows)
+    points: dict[str, list[tuple[float, float]]] = {}
+    for name, method in methods.items():
+        own = [row for row in rows if row["method"] == name]
+        if isinstance(method, Planned) and own:
+            line = name.split(", budget")[0] if method.dynamic else "one setting for all heads"
+            point = (
+                statistics.fmean(1 / row["attention_ratio"] for row in own),
+                statistics.fmean(row["kl"] for row in own),
+            )
+            points.setdefault(line, []).append(point)
+    pareto_figure(
+        {name: sorted(own) for name, own in points.items()},
+        f"SmolLM2-135M, {' and '.join(f'{n:,}' for n in options.lengths)} tokens",
+        ROOT / "docs/figures/pareto.png",
+    )
+    _save(options.folder / "pretrained-curve.json", rows)
 
 
 def _interval(by_text: list[list[float]]) -> tuple[float, float, float]:
@@ -474,7 +509,7 @@ def _save(path: Path, rows: list[dict[str, Any]], **others: Any) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     jobs = parser.add_subparsers(required=True)
-    for job in (calibrate, score, parts, passkey, long):
+    for job in (calibrate, score, curve, parts, passkey, long):
         part = jobs.add_parser(job.__name__)
         part.set_defaults(job=job)
         part.add_argument("--length", type=int, default=8192, help="of the calibration")
@@ -484,13 +519,16 @@ def main() -> None:
             part.add_argument("--tolerance", type=float, default=0.3)
             part.add_argument("--budget", type=float, default=0.002, help="KL, in nats")
             continue
-        lengths = [32_768] if job is long else [2048, 4096, 8192]
+        lengths = {long: [32_768], curve: [8192]}.get(job, [2048, 4096, 8192])
         part.add_argument("--lengths", type=int, nargs="+", default=lengths)
         part.add_argument("--repeats", type=int, default=1)
-        if job in (score, parts):
+        if job in (score, curve, parts):
             part.add_argument("--text", type=Path, nargs="*", default=[])
             part.add_argument("--kinds", nargs="*", default=[], help="of texts; all by default")
             part.add_argument("--methods", nargs="*", default=[])
+        if job is curve:
+            budgets = [0.0005, 0.001, 0.002, 0.005, 0.02]
+            part.add_argument("--budgets", type=float, nargs="+", default=budgets, help="KL, in nats")
         if job is score:
             part.add_argument(
                 "--plans", type=Path, nargs="*", default=[], help="instead of calibrate's"

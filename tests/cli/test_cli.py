@@ -18,6 +18,7 @@ from convbasis.report.figures import (
     Triple,
     attention_figure,
     error_figure,
+    pareto_figure,
     times_figure,
 )
 from convbasis.report.timing import interleaved_medians
@@ -171,3 +172,9 @@ def test_times_are_drawn_with_what_was_extrapolated(tmp_path):
     partly = Series("theirs", [(10, 1.0), (100, 100.0), (1000, 1e4)], extrapolated_from=1000)
     times_figure([measured, partly], "title", tmp_path / "times.png")
     assert min(png_size(tmp_path / "times.png")) > 300
+
+
+def test_points_of_plans_are_drawn(tmp_path):
+    points = {"plans": [(0.3, 0.002), (0.5, 0.001)], "one setting for all heads": [(0.2, 0.03)]}
+    pareto_figure(points, "title", tmp_path / "pareto.png")
+    assert min(png_size(tmp_path / "pareto.png")) > 300

@@ -146,6 +146,30 @@ def require_matplotlib() -> None:
     _figure((1, 1))
 
 
+def pareto_figure(lines: Mapping[str, Sequence[tuple[float, float]]], title: str, path: Path) -> None:
+    """Draw KL against attention time, each line of one way to choose settings.
+
+    Args:
+        lines: for each name its points: time over exact attention's, and KL in nats.
+        title: of the figure.
+        path: the PNG.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    figure = _figure((7.5, 5))
+    axes = figure.add_subplot()
+    for name, points in lines.items():
+        axes.semilogy(*zip(*points, strict=True), "o" if "one setting" in name else "o-", label=name)
+    axes.axvline(1.0, color="grey", linestyle=":")
+    axes.set_xlim(left=0.0)
+    axes.set_xlabel("attention time / that of exact attention")
+    axes.set_ylabel("KL(exact || approximate), nats")
+    axes.set_title(title)
+    axes.legend()
+    _save(figure, path)
+
+
 def _figure(size: tuple[float, float]) -> Any:
     try:
         from matplotlib.figure import Figure
