@@ -72,7 +72,7 @@ class Head:
         self.exact = both[:, :-1] / both[:, -1:]
 
     def cut(self, tokens: int, shared: int = QUERIES) -> None:
-        """Choose near keys as the library does; `shared` queries have windows with the same first key."""
+        """Choose near keys as the library does; `shared` queries have windows that begin together."""
         n = self.n
         self.window = window = Window(tokens, shared)
         self.first = window.first(torch.arange(n)).clamp(min=0)
