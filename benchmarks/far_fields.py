@@ -385,12 +385,12 @@ def sampled_fits(head: Head) -> dict[str, float]:
     return errors
 
 
-def oracle_fits(head: Head) -> tuple[dict[str, float], float]:
+def oracle_fits(head: Head, sweeps: int) -> tuple[dict[str, float], float]:
     """Errors of fits to the sums of all true weights, and the most that one is off its sums."""
     errors, off = {}, 0.0
     for count in KERNELS:
         ranges = head.ranges(count)
-        fit = fitted(head, head.flat, ranges)
+        fit = fitted(head, head.flat, ranges, sweeps)
         both = head.product(head.laid_out(fit.kernels, fit.columns, ranges)) * fit.rows[:, None]
         name = ORACLE if count == 1 else f"{ORACLE}, {count} kernels"
         errors[name] = head.merged(both)
@@ -403,7 +403,7 @@ def oracle_fits(head: Head) -> tuple[dict[str, float], float]:
         for size in {1, count + 1} if count < head.n // BLOCK else {head.n // BLOCK}:
             name = f"rows, oracle, {size} segments" if size > 1 else "no kernel, oracle"
             if name not in errors:
-                rows, columns = fitted_rows(head, size)
+                rows, columns = fitted_rows(head, size, sweeps)
                 lengths = torch.tensor([(b - a) // BLOCK for a, b in head.ranges(size)])
                 both = by_segments(head, rows.repeat_interleave(lengths, 0), columns)
                 errors[name] = head.merged(both)
@@ -505,21 +505,21 @@ def shares(head: Head) -> dict[str, float]:
 
 
 def kind(found: dict[str, float]) -> str:
-    """The kind of a head, by its shares at the smallest window."""
-    if found["sinks"] >= 0.5:
-        return "sink"
-    if found["window"] >= 0.5:
-        return "local"
-    if found["columns"] >= found["far"]:
-        return "columns"
-    return "retrieval" if found["few"] >= 0.5 else "diffuse"
+    """The kind of a head, by its shares at the smallest window: where most of its weight is.
+
+    Retrieval are heads with a twentieth of their weight, or more, on far keys, and much of that on few.
+    """
+    if found["far"] >= 0.05 and found["few"] >= 0.4:
+        return "retrieval"
+    parts = {"local": "window", "sink": "sinks", "columns": "columns", "diffuse": "far"}
+    return max(parts, key=lambda x: found[parts[x]])
 
 
-def measure(head: Head, tokens: int, bands: bool) -> dict[str, Any]:
+def measure(head: Head, tokens: int, bands: bool, sweeps: int) -> dict[str, Any]:
     head.cut(tokens)
     errors = {DROPPED: head.merged(torch.zeros_like(head.near)), **library_fits(head, tokens)}
     errors.update(sampled_fits(head))
-    oracle, off = oracle_fits(head)
+    oracle, off = oracle_fits(head, sweeps)
     errors.update(oracle)
     if bands:
         errors.update(band_fits(head))
@@ -616,6 +616,7 @@ def main() -> None:
     parser.add_argument("--texts", nargs="+", choices=["prose", "code"], default=["prose", "code"])
     parser.add_argument("--windows", type=int, nargs="+", default=[128, 384])
     parser.add_argument("--bands", type=int, nargs="*", default=[128], help="windows with rotary bands")
+    parser.add_argument("--sweeps", type=int, default=SWEEPS, help="of the oracle fits")
     parser.add_argument("--minutes", type=float, default=1e9, help="stop after so many; go on later")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/far-fields.json")
     options = parser.parse_args()
@@ -644,7 +645,7 @@ def main() -> None:
             head = Head(*(x.contiguous() for x in tensors), given.scale)
             for window in missing:
                 clock = time.monotonic()
-                found = measure(head, window, window in options.bands)
+                found = measure(head, window, window in options.bands, options.sweeps)
                 records.append({"n": n, "text": text, "layer": layer, "head": at, **found})
                 errors = found["errors"]
                 print(
