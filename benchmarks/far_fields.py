@@ -395,10 +395,6 @@ def oracle_fits(head: Head, sweeps: int) -> tuple[dict[str, float], float]:
         name = ORACLE if count == 1 else f"{ORACLE}, {count} kernels"
         errors[name] = head.merged(both)
         off = max(off, fit.off)
-        if count == 1:
-            errors["conv, oracle, ridge row mass"] = head.merged(
-                head.with_mass(both, ridge_mass(head, both))
-            )
         # As many numbers for each token: k kernels, rows and columns; k + 1 rows and columns.
         for size in {1, count + 1} if count < head.n // BLOCK else {head.n // BLOCK}:
             name = f"rows, oracle, {size} segments" if size > 1 else "no kernel, oracle"
@@ -427,9 +423,11 @@ def band_parts(head: Head, low: int, high: int) -> tuple[Fit, Tensor]:
     head.laid_out(torch.ones(1, head.n), torch.ones(head.n), every)
     count = head.by_lag(head.buffer, every)
     mean = head.by_lag(flat, every) / count.clamp(min=1.0)
-    own.sub_(own.amax(0)).exp_()
+    most = own.amax(0)
+    own.sub_(most).exp_()
     head.hide(own)
-    return fitted(head, flat, every, 15), mean[0]
+    fit = fitted(head, flat, every, 15)
+    return fit._replace(rows=fit.rows * most.double().exp()), mean[0]
 
 
 def band_fits(head: Head) -> dict[str, float]:
@@ -442,14 +440,14 @@ def band_fits(head: Head) -> dict[str, float]:
         at = pairs(head, split, half)
         factors = (mean[:, at] @ query[:, at].T - head.lse.double()).exp()
         fit, lag_mean = band_parts(head, 0, split)
-        one, scaled = torch.ones(head.n, dtype=torch.float64), fit.columns / fit.columns.max()
+        one = torch.ones(head.n, dtype=torch.float64)
         for name, kernel, own, rows in (
             ("dropped", one, one, one),
             ("mean kernel", lag_mean.exp(), one, one),
-            ("conv", fit.kernels[0], scaled, fit.rows),
+            ("conv", fit.kernels[0], fit.columns, fit.rows),
         ):
             matrix = head.laid_out(kernel[None], columns * own, every).view(-1, BLOCK, head.n)
-            matrix *= (factors * (rows / rows.max())).float()[:, None]
+            matrix *= (factors * rows).float()[:, None]
             matrix = matrix.flatten(0, 1)
             change = corrections(head, matrix[:, head.rows].double())
             matrix *= change.repeat_interleave(BLOCK).float()[:, None]
@@ -588,9 +586,11 @@ def table(rows: list[dict[str, Any]]) -> None:
         print(f"| far field | {heads} |\n|{'---|' * (1 + len(kinds))}")
         for name in dict.fromkeys(x["far_field"] for x in own):
             cells = [
-                f"{x['mean']:.3f} ({x['low']:.3f}-{x['high']:.3f}); "
+                ""
+                if x is None
+                else f"{x['mean']:.3f} ({x['low']:.3f}-{x['high']:.3f}); "
                 f"{x['beats_dropped']} / {x['beats_segments']}"
-                for x in (found[n, window, name, k] for k in kinds)
+                for x in (found.get((n, window, name, k)) for k in kinds)
             ]
             print(f"| {name} | {' | '.join(cells)} |")
 

@@ -126,3 +126,18 @@ def test_bands_that_are_exact_give_the_true_weights(head):
     rest = far_fields.pairs(head, 3, 8)
     logits = sum(head.key[:, x] @ head.query[:, x].T for x in (at, rest)) * head.scale
     torch.testing.assert_close(head.hide((logits - head.lse).exp()), head.far, atol=1e-5, rtol=1e-3)
+
+
+def test_a_band_that_depends_on_the_lag_alone_is_found_with_its_scale(head):
+    turn = torch.arange(N) * 0.02
+    for side in (head.query, head.key):
+        side[:, 0], side[:, 8] = 2 * turn.cos(), 2 * turn.sin()
+    head.cut(WINDOW)
+    fit, mean = far_fields.band_parts(head, 0, 1)
+    lags = torch.arange(WINDOW + 200, N - 8)  # the first keys are near
+    wanted = (4 * head.scale * (0.02 * lags).cos()).double()
+    torch.testing.assert_close(mean[lags], wanted, atol=1e-4, rtol=0)
+    row, key = N - 1, N - 1 - lags
+    far = ~head.seen[key]
+    found = (fit.rows[row] * fit.columns[key] * fit.kernels[0, lags]).log()
+    torch.testing.assert_close(found[far], wanted[far], atol=1e-3, rtol=0)
