@@ -1,8 +1,8 @@
 """A pretrained model on long prompts: what a plan costs and what it changes.
 
-    python benchmarks/pretrained.py calibrate [--length 8192] [--budget 0.002]
+    python benchmarks/pretrained.py calibrate [--length 8192] [--budget 0.003]
     python benchmarks/pretrained.py score [--lengths 2048 4096 8192] [--text FILE ...]
-    python benchmarks/pretrained.py curve [--budgets 0.0005 0.001 0.002 0.005 0.02]
+    python benchmarks/pretrained.py curve [--budgets 0.0005 0.001 0.003 0.005 0.02]
     python benchmarks/pretrained.py parts [--lengths 2048 4096 8192]
     python benchmarks/pretrained.py passkey [--lengths 2048 4096 8192]
     python benchmarks/pretrained.py long [--lengths 32768]
@@ -517,7 +517,7 @@ def main() -> None:
         part.add_argument("--margin", type=float, default=0.65, help="of the tolerance")
         if job is calibrate:
             part.add_argument("--tolerance", type=float, default=0.3)
-            part.add_argument("--budget", type=float, default=0.002, help="KL, in nats")
+            part.add_argument("--budget", type=float, default=0.003, help="KL, in nats")
             continue
         lengths = {long: [32_768], curve: [8192]}.get(job, [2048, 4096, 8192])
         part.add_argument("--lengths", type=int, nargs="+", default=lengths)
@@ -527,7 +527,7 @@ def main() -> None:
             part.add_argument("--kinds", nargs="*", default=[], help="of texts; all by default")
             part.add_argument("--methods", nargs="*", default=[])
         if job is curve:
-            budgets = [0.0005, 0.001, 0.002, 0.005, 0.02]
+            budgets = [0.0005, 0.001, 0.003, 0.005, 0.02]
             part.add_argument("--budgets", type=float, nargs="+", default=budgets, help="KL, in nats")
         if job is score:
             part.add_argument(

@@ -29,7 +29,7 @@ def calibrate(
     *,
     tolerance: float = 0.3,
     margin: float = 0.65,
-    budget: float | None = 0.002,
+    budget: float | None = 0.003,
     ladder: Sequence[HeadSetting] | None = None,
     checkpoint: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
