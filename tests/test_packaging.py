@@ -132,3 +132,7 @@ def test_constraints_pin_every_declared_dependency():
     declared = set(re.findall(r'"([a-z0-9-]+)(?:\[[a-z]+\])?>=', block))
     assert {"torch", "typer", "pytest"} <= declared
     assert declared <= normal
+
+
+def test_skips_say_why(pytestconfig):
+    assert "-rs" in pytestconfig.getini("addopts")
