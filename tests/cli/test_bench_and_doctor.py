@@ -96,7 +96,10 @@ def test_doctor_tells_what_is_here(run, monkeypatch, tmp_path):
     assert (summary["convbasis"], summary["torch"]) == (cb.__version__, torch.__version__)
     assert "the built-in ones" in summary["tuned rates"]
     extras, shapes = content["tables"]
-    assert ["hf", "transformers"] in [row[:2] for row in extras["rows"]]
+    listed = [row[:2] for row in extras["rows"]]
+    for pair in (["hf", "transformers"], ["report", "matplotlib"], ["report", "plotly"]):
+        assert pair in listed
+    assert ["scipy", "scipy"] in listed
     assert all(row[2] != "missing" for row in extras["rows"] if row[0] == "cli")
     backends = {tuple(row[:2]): row[2] for row in shapes["rows"]}
     assert backends[(512, 4)] == "direct"

