@@ -241,6 +241,23 @@ def test_a_disk_that_fills_up_keeps_what_was_measured(fail, words, tmp_path, mon
     assert list(tmp_path.iterdir()) == [checkpoint_of(tmp_path / "plan.json")]
 
 
+def test_a_disk_that_is_full_at_the_end_keeps_what_was_measured(
+    run, fail, words, tmp_path, monkeypatch, pages, no_times
+):
+    def full(report, path):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as changed:
+        changed.setattr("convbasis.cli.results.write_page", full)
+        line = fail(*words, "--report", tmp_path / "r.html", code=3)
+    assert line == "error: No space left on device"
+    assert measured(tmp_path / "plan.json") == ["costs", "0.0", "0.1"]
+    no_times()
+    run(*words, "--report", tmp_path / "r.html")
+    assert [place for _, place in pages] == [tmp_path / "r.html"]
+    assert list(tmp_path.iterdir()) == [tmp_path / "plan.json"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shlex
 import subprocess
 import sys
 import types
@@ -143,6 +144,23 @@ def test_a_page_is_written_by_the_report_package(tmp_path, monkeypatch):
     made = report()
     deliver(made, Console(stderr=True), None, tmp_path / "r.html")
     assert written == [(made, tmp_path / "r.html")]
+
+
+def test_files_are_written_before_anything_is_printed(tmp_path, pages):
+    class Closed(Console):
+        def print(self, *_, **__):
+            raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        deliver(report(), Closed(), tmp_path / "r.json", tmp_path / "r.html")
+    assert (tmp_path / "r.json").is_file()
+    assert [place for _, place in pages] == [tmp_path / "r.html"]
+
+
+def test_the_command_can_be_pasted_into_a_shell(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/bin/convbasis", "analyze", "my model", "--text", "it's $1.txt"])
+    assert shlex.split(provenance().command) == ["convbasis", *sys.argv[1:]]
+    assert "'my model'" in provenance().command
 
 
 def test_outputs_are_checked_before_the_work(tmp_path, monkeypatch):

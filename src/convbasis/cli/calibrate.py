@@ -52,9 +52,9 @@ def run_calibrate(
                 seed=seed,
             )
         plan.save(output)
-    sources = [source(name, own) for (name, _), own in zip(contents, ids, strict=True)]
-    report = plan_as_report(plan, output, provenance(model=loaded.name, sources=sources))
-    deliver(report, console, json_output, page)
+        sources = [source(name, own) for (name, _), own in zip(contents, ids, strict=True)]
+        report = plan_as_report(plan, output, provenance(model=loaded.name, sources=sources))
+        deliver(report, console, json_output, page)
 
 
 def plan_as_report(plan: Plan, place: Path, where: Provenance) -> Report:

@@ -9,6 +9,7 @@ import importlib.util
 import math
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -79,7 +80,7 @@ def provenance(
     for name in _TOOK_PART:
         if name in sys.modules:
             versions[name] = importlib.metadata.version(name)
-    typed = " ".join(["convbasis", *sys.argv[1:]]) if command is None else command
+    typed = shlex.join(["convbasis", *sys.argv[1:]]) if command is None else command
     now = datetime.datetime.now(datetime.timezone.utc)
     return Provenance(
         command=typed,
@@ -99,16 +100,22 @@ def source(name: str, ids: Tensor) -> Source:
 
 
 def deliver(report: Report, console: Console, json_output: Path | None, page: Path | None) -> None:
-    """Print a report's summary, tables and notes, and write the files that are asked for."""
-    _print(report, console)
+    """Write the files that are asked for, then print a report's summary, tables and notes.
+
+    So a terminal or a pipe that is closed takes no file with it.
+    """
+    written = []
+    if json_output is not None and json_output != STANDARD_OUTPUT:
+        save_text(json_output, report_json(report))
+        written.append(json_output)
     if page is not None:
         write_page(report, page)
-        console.print(f"written to {escape(str(page))}", highlight=False, soft_wrap=True)
+        written.append(page)
+    _print(report, console)
+    for path in written:
+        console.print(f"written to {escape(str(path))}", highlight=False, soft_wrap=True)
     if json_output == STANDARD_OUTPUT:
         typer.echo(report_json(report), nl=False)
-    elif json_output is not None:
-        save_text(json_output, report_json(report))
-        console.print(f"written to {escape(str(json_output))}", highlight=False, soft_wrap=True)
 
 
 def write_page(report: Report, page: Path) -> None:
