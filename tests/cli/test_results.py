@@ -164,19 +164,67 @@ def test_the_command_can_be_pasted_into_a_shell(monkeypatch):
 
 
 def test_outputs_are_checked_before_the_work(tmp_path, monkeypatch):
-    check_outputs(None, Path("-"), tmp_path / "fine")
+    check_outputs(Path("-"), tmp_path / "fine", None)
     with pytest.raises(cb.MissingPathError, match="there is no folder"):
         check_outputs(tmp_path / "no" / "file")
     with pytest.raises(cb.InputError, match="is a folder; name a file in it"):
         check_outputs(tmp_path)
     with pytest.raises(cb.InputError, match="two outputs cannot go to one file"):
         check_outputs(tmp_path / "one", tmp_path / "." / "one")
+    with pytest.raises(cb.InputError, match="two outputs cannot go to one file"):
+        check_outputs(tmp_path / "one", tmp_path / "no" / ".." / "one")
+    for files, page in (([Path("-")], None), ([], Path("-"))):
+        with pytest.raises(cb.InputError, match="'-' stands for standard output in --json alone"):
+            check_outputs(None, *files, page=page)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(cb.MissingExtraError, match=r"an HTML page needs the extra \[report\]"):
-        check_outputs(page=tmp_path / "page")
+        check_outputs(None, page=tmp_path / "page")
     monkeypatch.setattr("os.access", lambda *_: False)
     with pytest.raises(PermissionError, match="no permission to write into"):
         check_outputs(tmp_path / "file")
+
+
+OUTPUTS = {
+    "calibrate model.gguf --text text.txt -o": ["model.gguf", "text.txt"],
+    "calibrate smollm2 --text text.txt -o plan --report": ["text.txt", "-"],
+    "calibrate smollm2 -o": ["-"],
+    "compare smollm2 --plan plan.json --text a.txt --text text.txt --json": ["plan.json", "text.txt"],
+    "compare smollm2 --plan plan.json --report": ["plan.json", "-"],
+    "generate smollm2 --plan plan.json --prompt-file text.txt --json": ["plan.json", "text.txt"],
+    "analyze smollm2 --text text.txt --json": ["text.txt", "link.txt"],
+    "analyze smollm2 --text text.txt --report": ["text.txt", "-"],
+    "decompose m.npy -o": ["m.npy", "-"],
+    "decompose m.npy --json": ["m.npy"],
+    "report r.json -o": ["r.json", "-"],
+    "tune --output": ["-", "folder", "no/file"],
+    "demo --output": ["-", "text.txt"],
+    "demo --text folder/results.json --output": ["folder"],
+}
+
+
+@pytest.mark.parametrize(
+    ("words", "output"), [(words, output) for words, outputs in OUTPUTS.items() for output in outputs]
+)
+def test_no_command_writes_over_its_input_or_into_a_file_named_dash(
+    words, output, tmp_path, monkeypatch, fail, pages
+):
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    names = ["model.gguf", "text.txt", "plan.json", "m.npy", "r.json", "folder/results.json"]
+    for name in names:
+        Path(name).write_text("kept")
+    Path("link.txt").symlink_to("text.txt")
+    before = sorted(Path().rglob("*"))
+    line = fail(*words.split(), output)
+    told = {
+        ("tune --output", "folder"): "is a folder; name a file in it",
+        ("tune --output", "no/file"): "there is no folder",
+        (words, "-"): "'-' stands for standard output in --json alone; name a file",
+        ("demo --output", output): "is no folder; name one",
+    }
+    assert told.get((words, output), "is an input; name another file to write") in line
+    assert sorted(Path().rglob("*")) == before
+    assert all(Path(name).read_text() == "kept" for name in names)
 
 
 def test_a_full_disk_leaves_an_older_file_and_nothing_else(tmp_path, monkeypatch, fail):

@@ -47,7 +47,7 @@ def run_analyze(
 ) -> None:
     """Analyze, print the tables, and write what is asked for."""
     check_nonnegative("tolerance", tolerance)
-    check_outputs(json_output, page=page)
+    check_outputs(json_output, page=page, inputs=[model, text])
     title, content = read_text(text)
     loaded = load_model(model)
     count = loaded.model.config.get_text_config().num_hidden_layers

@@ -35,7 +35,7 @@ def run_calibrate(
     console: Console,
 ) -> None:
     """Calibrate, write the plan, and print what it holds; an infinite budget is none."""
-    check_outputs(output, json_output, page=page)
+    check_outputs(json_output, output, page=page, inputs=[model, *texts])
     contents = read_texts(texts)
     loaded = load_model(model)
     ids = [text_tokens(loaded.model, loaded.tokenizer, *text, length) for text in contents]

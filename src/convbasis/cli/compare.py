@@ -44,7 +44,7 @@ def run_compare(
 
     After Ctrl-C the texts that are done are printed and written.
     """
-    check_outputs(json_output, page=page)
+    check_outputs(json_output, page=page, inputs=[model, plan_file, *texts])
     plan = Plan.load(plan_file)
     contents = read_texts(texts)
     loaded = load_model(model)

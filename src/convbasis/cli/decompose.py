@@ -61,7 +61,7 @@ def run_decompose(
         InputError: the matrix is not lower triangular or not finite, tol is negative, or key is needed.
         MissingPathError: there is no such file, or no folder for an output.
     """
-    check_outputs(output, json_output, page=page)
+    check_outputs(json_output, output, page=page, inputs=[source])
     matrix = read_matrix(source, key)
     basis = decompose(matrix, tol=tol)
     saved: list[Saved] = []

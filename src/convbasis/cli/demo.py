@@ -16,6 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ..attention import conv_basis_attention, conv_basis_attention_stats
 from ..decompose import decompose
+from ..errors import InputError
 from ..integrations.capture import CapturedLayer, cached_layers
 from ..integrations.smollm2 import NAME, load_smollm2, load_tokenizer, token_ids
 from ..integrations.texts import read_text
@@ -26,7 +27,7 @@ from ..report.figures import Curve, Triple, attention_figure, require_matplotlib
 from ..report.timing import interleaved_medians
 from ..storage import save_text
 from .progress import bars
-from .results import check_outputs, deliver, provenance, rounded
+from .results import STANDARD_OUTPUT, check_outputs, deliver, provenance, rounded
 from .words import numbers
 
 _PLANTED_LENGTHS = (2048, 16_384)
@@ -63,9 +64,12 @@ def run_demo(
 ) -> None:
     """Run the demo, print its tables, and write attention.png and results.json to `output`."""
     chosen = numbers("layers", layers, 0, _LAYERS - 1)
-    check_outputs(json_output)
+    if output == STANDARD_OUTPUT or output.is_file():
+        raise InputError(f"--output {str(output)!r} is no folder; name one")
     require_matplotlib()
     output.mkdir(parents=True, exist_ok=True)
+    picture, figures = output / "attention.png", output / "results.json"
+    check_outputs(json_output, picture, figures, inputs=[text])
     torch.manual_seed(seed)
     with bars() as progress, torch.no_grad():
         captured = _capture(length, text, chosen, progress)
@@ -74,11 +78,10 @@ def run_demo(
         rows += _attend_real(captured, length, progress)
         curves = _curves(captured, planted, length, progress)
         triples = _pictures(captured, seed, progress)
-    picture = output / "attention.png"
     attention_figure(triples, curves, picture)
-    _write_json(output / "results.json", rows, ranks, curves)
+    _write_json(figures, rows, ranks, curves)
     deliver(_report(rows, ranks, curves), console, json_output, None)
-    console.print(f"Picture: {picture}   Figures: {output / 'results.json'}", markup=False)
+    console.print(f"Picture: {picture}   Figures: {figures}", markup=False)
 
 
 def _track(progress: Progress, name: str, total: int) -> Callable[[], None]:

@@ -36,7 +36,7 @@ def run_generate(
         raise typer.BadParameter("--exact and --against-exact exclude each other")
     if (plan_file is None) != exact:
         raise typer.BadParameter("give either --plan FILE or --exact")
-    check_outputs(json_output)
+    check_outputs(json_output, inputs=[model, plan_file, prompt_file])
     plan = None if plan_file is None else Plan.load(plan_file)
     title, prompt = read_text(prompt_file)
     loaded = load_model(model)

@@ -36,25 +36,40 @@ def screen(json_output: Path | None) -> Console:
     return Console(stderr=json_output == STANDARD_OUTPUT)
 
 
-def check_outputs(*files: Path | None, page: Path | None = None) -> None:
-    """Check before long work that files can be written at its end.
+def check_outputs(
+    json_output: Path | None,
+    *files: Path | None,
+    page: Path | None = None,
+    inputs: Iterable[str | Path | None] = (),
+) -> None:
+    """Check before long work that files can be written at its end, and that none is read before.
 
     Args:
-        files: to write, None for none.
+        json_output: file for JSON, ``-`` for standard output, None for none.
+        files: others to write, None for none.
         page: the same, for a page.
+        inputs: files that are read and must stay, None for none; names that are no file are let pass.
 
     Raises:
         MissingPathError: there is no such folder.
-        InputError: a path is a folder, or two are the same.
+        InputError: a path is a folder, two are the same, one is an input, or ``-`` stands for another
+            file than JSON.
         MissingExtraError: what pages are made with is not installed.
         PermissionError: nothing may be written there.
     """
+    if STANDARD_OUTPUT in (*files, page):
+        raise InputError("'-' stands for standard output in --json alone; name a file")
     if page is not None:
         require_pages()
-    paths = [path for path in (*files, page) if path is not None and path != STANDARD_OUTPUT]
-    if len({path.absolute() for path in paths}) < len(paths):
+    paths = [
+        path for path in (json_output, *files, page) if path is not None and path != STANDARD_OUTPUT
+    ]
+    if len(set(map(os.path.realpath, paths))) < len(paths):
         raise InputError(f"{', '.join(map(repr, map(str, paths)))}: two outputs cannot go to one file")
+    read = {os.path.realpath(path) for path in inputs if path is not None and Path(path).is_file()}
     for path in paths:
+        if os.path.realpath(path) in read:
+            raise InputError(f"{str(path)!r} is an input; name another file to write")
         if not path.parent.is_dir():
             raise MissingPathError(
                 f"there is no folder {str(path.parent)!r} to write {path.name!r} into"

@@ -25,7 +25,7 @@ def run_tune(
     console: Console,
 ) -> None:
     """Measure, fit, write the file and print a table."""
-    check_outputs(json_output)
+    check_outputs(json_output, output)
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
