@@ -6,8 +6,8 @@ How each kind of block is checked:
 - Other ``python`` blocks are scripts, and are run here, by a test of their own each (`SCRIPTS`).
 - ``sh`` blocks, indented commands and commands in the text: ``convbasis`` lines are parsed by the real
   command line, ``python`` lines name a script and options that it has, ``make`` lines a target, ``pip``
-  lines extras of this project or packages that it names. Those of docs/start.md, docs/own-model.md and
-  docs/settings.md also run, on a tiny model: tests/cli/test_commands_of_pages.py.
+  lines extras of this project or packages that it names. Those of README.md, docs/start.md,
+  docs/own-model.md and docs/settings.md also run, on a tiny model: tests/cli/test_commands_of_pages.py.
 - ``text`` blocks are output, and are not run.
 """
 
@@ -177,7 +177,7 @@ def test_commands_are_understood(page, words):
 @each("python")
 def test_scripts_and_their_options_exist(page, words):
     if words[1] == "-m":
-        assert words[2] in ("venv", "http.server")
+        assert words[2] in ("venv", "http.server", "webbrowser")
         return
     place = ROOT / words[1]
     assert place.is_file()
