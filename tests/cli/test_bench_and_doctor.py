@@ -1,5 +1,7 @@
 """convbasis bench, doctor, and the result of tune: contents and every option."""
 
+import importlib
+
 import pytest
 import torch
 
@@ -129,6 +131,29 @@ def test_doctor_tells_which_rates_are_used(run, tmp_path, monkeypatch, content, 
 def test_doctor_runs_on_the_device(run, fail):
     assert "device 'nowhere' cannot be used" in fail("doctor", "--device", "nowhere")
     assert "on cpu" in run("doctor", "--device", "cpu")["tables"][1]["title"]
+
+
+def test_every_option_of_tune_changes_what_is_measured(run, monkeypatch, tmp_path):
+    module = importlib.import_module("convbasis.tune")
+    real, runs = module.conv_basis_fwd, []
+
+    def spy(inputs, *choice, **options):
+        runs.append(inputs.query.shape[-2])
+        return real(inputs, *choice, **options)
+
+    monkeypatch.setattr(module, "conv_basis_fwd", spy)
+    monkeypatch.setattr(module, "fit_rates", lambda amounts, seconds: torch.ones(amounts.shape[1]))
+
+    def measured(*options):
+        runs.clear()
+        words = ["tune", "--output", tmp_path / "rates.json", "--repeats", 1, "--longest", 256]
+        count = dict(run(*words, *options)["summary"])["measurements"]
+        assert len(runs) % count == 0
+        return len(runs) // count, set(runs)
+
+    assert measured() == (2, {256})  # the first run is no measurement
+    assert measured("--repeats", 2) == (3, {256})
+    assert measured("--longest", 600) == (2, {256, 512})
 
 
 def test_tune_has_a_result(run, tmp_path):

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 import convbasis as cb
 from convbasis.cli.app import app
+from convbasis.integrations.capture import CapturedLayer
 from convbasis.report.figures import (
     Curve,
     Series,
@@ -108,6 +109,45 @@ def test_demo_end_to_end(tmp_path, monkeypatch, loaded):
     assert curves["planted, recovered"]["error"][-1] < 1e-5
     assert curves["real, recovered"]["error"][0] > 0.1
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["attention.png", "results.json"]
+
+
+def test_text_and_seed_change_what_the_demo_finds(tmp_path, monkeypatch):
+    """On heads made of the letters themselves, in place of a model's."""
+
+    def ids_of(tokenizer, content, count):
+        return torch.tensor([[ord(letter) for letter in content[:count]]])
+
+    def layers_of(load, name, ids, layers, progress):
+        heads = ids[:, None, :, None].double().add(torch.arange(1.0, 65.0)).sin().float()
+        return {number: CapturedLayer(heads, heads, heads, 0.125) for number in layers}
+
+    monkeypatch.setattr("convbasis.cli.demo.load_tokenizer", lambda: None)
+    monkeypatch.setattr("convbasis.cli.demo.token_ids", ids_of)
+    monkeypatch.setattr("convbasis.cli.demo.cached_layers", layers_of)
+    monkeypatch.setattr("convbasis.cli.demo.attention_figure", lambda *_: None)
+    monkeypatch.setattr("convbasis.cli.demo._PLANTED_LENGTHS", (256,))
+    monkeypatch.setattr("convbasis.cli.demo._CURVE", (16,))
+
+    texts = [tmp_path / "fox.txt", tmp_path / "lazy.txt"]
+    texts[0].write_text("the quick brown fox jumps over the lazy dog\n" * 12)
+    texts[1].write_text("all work and no play makes a dull toy\n" * 12)
+
+    def errors(text, seed):
+        words = ["demo", "--length", "64", "--layers", "3", "--output", str(tmp_path)]
+        done = runner.invoke(app, [*words, "--text", str(text), "--seed", str(seed)])
+        assert done.exit_code == 0, done.output
+        rows = json.loads((tmp_path / "results.json").read_text())["attention"]
+        return [
+            [row["median_error"] for row in rows if row["input"] == x] for x in ("planted", "layer 3")
+        ]
+
+    planted, real = errors(texts[0], 0)
+    seeded = errors(texts[0], 1)
+    assert seeded[0] != planted
+    assert seeded[1] == real
+    other = errors(texts[1], 0)
+    assert other[0] == planted
+    assert other[1] != real
 
 
 def test_figures_are_drawn_and_not_left_half_written(tmp_path, monkeypatch):

@@ -112,7 +112,12 @@ def test_a_prompt_without_tokens_is_refused(fail, words, monkeypatch):
 
 
 def test_input_that_cannot_be_used(fail, words, plan_file, tmp_path, folder):
-    for options in ([], ["--plan", plan_file, "--exact"], ["--exact", "--against-exact"]):
+    for options in (
+        [],
+        ["--plan", plan_file, "--exact"],
+        ["--exact", "--against-exact"],
+        ["--exact", "--min-length", 0],
+    ):
         result = CliRunner().invoke(app, [*map(str, words), *map(str, options)])
         assert result.exit_code == 2
         assert "Error:" in result.stderr

@@ -34,6 +34,8 @@ def run_generate(
     """Print the text on standard output, and times and what the plan did to `console`."""
     if exact and against_exact:
         raise typer.BadParameter("--exact and --against-exact exclude each other")
+    if exact and min_length is not None:
+        raise typer.BadParameter("--min-length is of a plan; --exact has none")
     if (plan_file is None) != exact:
         raise typer.BadParameter("give either --plan FILE or --exact")
     check_outputs(json_output, inputs=[model, plan_file, prompt_file])
