@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -148,3 +149,13 @@ def test_a_layer_that_does_not_attend_through_the_interface(model, ids, monkeypa
     monkeypatch.setattr("convbasis.integrations.calibrate.observe_layers", lambda *_: None)
     with pytest.raises(cb.InputError, match="layer 0 of the model does not attend through"):
         cb.calibrate(model, ids)
+
+
+def test_a_checkpoint_of_other_weights_is_refused(model, ids, tmp_path):
+    place = tmp_path / "measured.json"
+    cb.calibrate(model, ids[:1], ladder=LADDER[:1], budget=None, checkpoint=place)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight[-1, -1] += 0.5
+    with pytest.raises(cb.ConvBasisError, match="weights, texts, ladder or seed differ"):
+        cb.calibrate(other, ids[:1], ladder=LADDER[:1], budget=None, checkpoint=place)

@@ -17,7 +17,7 @@ from ..plan import HeadSetting, ModelShape, Plan
 from ..plan.choice import choose
 from ..plan.ladder import Costs, Measured, default_ladder, measure, measure_costs
 from .capture import CapturedLayer, observe_layers
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, weights_sha256
 from .sensitivity import head_sensitivities
 
 _COSTS, _SENSITIVITIES = "costs", "sensitivities"
@@ -92,11 +92,12 @@ def calibrate(
         "calibration",
         {
             "model": dataclasses.asdict(shape),
+            "weights_sha256": weights_sha256(model),
             "texts_sha256": digest,
             "ladder": [dataclasses.asdict(step) for step in steps],
             "seed": seed,
         },
-        "model, texts, ladder or seed",
+        "model, weights, texts, ladder or seed",
     )
     total = len(texts) * shape.layers
     for index, text in enumerate(texts):

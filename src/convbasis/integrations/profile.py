@@ -20,7 +20,7 @@ from ..hybrid.selection import heaviest, seen_columns
 from ..plan import HeadSetting, ModelShape
 from ..plan.ladder import default_ladder, measure, measure_costs
 from .capture import CapturedLayer, observe_layers
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, weights_sha256
 
 TOLERANCES = (0.5, 1.0, 2.0, 4.0)
 """Of the logits' decomposition, in nats."""
@@ -127,13 +127,14 @@ def profile_layers(
         "analysis",
         {
             "model": dataclasses.asdict(shape),
+            "weights_sha256": weights_sha256(model),
             "text_sha256": hashlib.sha256(repr(input_ids.tolist()).encode()).hexdigest(),
             "layers": sorted(layers),
             "seen": sorted(seen),
             "ladder": [dataclasses.asdict(step) for step in steps],
             "seed": seed,
         },
-        "model, text, layers, ladder or seed",
+        "model, weights, text, layers, ladder or seed",
     )
 
     def observe(layer: int, given: CapturedLayer) -> None:
