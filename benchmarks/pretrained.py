@@ -42,7 +42,7 @@ import torch
 import convbasis as cb
 from convbasis.integrations.calibrate import calibrate as calibrate_model
 from convbasis.integrations.capture import attending, capture_layers
-from convbasis.integrations.compare import timed_attention
+from convbasis.integrations.compare import run_prompt, timed_attention
 from convbasis.integrations.smollm2 import load_smollm2, sample_text, token_ids
 from convbasis.plan import HeadPlan, HeadSetting, Plan
 from convbasis.plan.choice import choose
@@ -125,17 +125,6 @@ def calibrate(options: argparse.Namespace) -> None:
         f"{plan!r}, exact up to {plan.min_length} tokens, predicted KL {plan.predicted_kl}; "
         f"{time.perf_counter() - begin:.0f} s"
     )
-
-
-@torch.no_grad()
-def run(model: Any, ids: torch.Tensor, clock: Any) -> tuple[torch.Tensor, float, float]:
-    """Return the logits of the scored tokens, the attention's and the whole prompt's seconds."""
-    clock.seconds = 0.0
-    begin = time.perf_counter()
-    done = model(ids[:, :-SCORED], use_cache=True, logits_to_keep=1)
-    whole, attention = time.perf_counter() - begin, clock.seconds
-    rest = model(ids[:, -SCORED:], past_key_values=done.past_key_values, use_cache=True)
-    return rest.logits[0, :-1].log_softmax(-1), attention, whole
 
 
 @dataclasses.dataclass
@@ -341,7 +330,7 @@ def _score_text(
     for repeat in range(repeats):
         for name, method in methods.items():
             with using(model, method, clock):
-                logs, attention, whole = run(model, ids, clock)
+                logs, attention, whole = run_prompt(model, ids, SCORED, clock)
                 report = cb.plan_report(model)._asdict() if isinstance(method, Planned) else None
             times[name].append((attention, whole))
             if repeat:

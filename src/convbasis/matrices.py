@@ -75,6 +75,7 @@ def _read_npz(file: Path, key: str | None) -> Tensor:
     import numpy
     from numpy.lib.npyio import NpzFile
 
+    # Beside damage: compression that zipfile does not know, and a header that asks for too much memory.
     damages = (ValueError, OSError, EOFError, MemoryError, NotImplementedError, BadZipFile, ZlibError)
     with file.open("rb") as stream:
         try:

@@ -104,7 +104,7 @@ def compare_plan(
                 if way:
                     apply_plan(model, plan, min_length=min_length, dynamic=dynamic)
                 try:
-                    found, *seconds = _run(model, input_ids, scored, clock)
+                    found, *seconds = run_prompt(model, input_ids, scored, clock)
                     if way:
                         report = plan_report(model)
                 finally:
@@ -146,8 +146,19 @@ def timed_attention(model: Any) -> Iterator[Clock]:
         model.set_attn_implementation(before)
 
 
-def _run(model: Any, ids: Tensor, scored: int, clock: Clock) -> tuple[Tensor, float, float]:
-    """Return log-probabilities ``(scored - 1, V)``, and the attention's and the prompt's seconds."""
+@torch.no_grad()
+def run_prompt(model: Any, ids: Tensor, scored: int, clock: Clock) -> tuple[Tensor, float, float]:
+    """Return what follows all but the last tokens, and the seconds of that prompt.
+
+    Args:
+        model: a transformers model under `timed_attention`.
+        ids: ``(1, n)``.
+        scored: last tokens, attended to exactly over the cache that the others left.
+        clock: of `timed_attention`.
+
+    Returns:
+        log-probabilities ``(scored - 1, V)``, and the attention's and the whole prompt's seconds.
+    """
     clock.seconds = 0.0
     begin = time.perf_counter()
     done = model(ids[:, :-scored], use_cache=True, logits_to_keep=1)

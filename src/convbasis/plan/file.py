@@ -6,10 +6,11 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 from ..checks import describe
-from ..errors import FileFormatError, InputError, MissingPathError
+from ..errors import InputError
+from ..strict_json import read_json
 from .model import ModelShape
 from .plan import HeadPlan, Plan
 from .settings import HeadSetting, Size
@@ -63,24 +64,7 @@ def load(path: Path) -> Plan:
         FileFormatError: the file is not a plan; the message names the place.
         MissingPathError: there is no such file.
     """
-    if not path.is_file():
-        raise MissingPathError(f"there is no file {str(path)!r}")
-    try:
-        parsed = json.loads(
-            path.read_text(encoding="utf-8"),
-            object_pairs_hook=_without_duplicates,
-            parse_constant=_refuse_constant,
-        )
-        return _plan(parsed)
-    except json.JSONDecodeError as error:
-        raise FileFormatError(
-            f"{str(path)!r} is not JSON, or only the beginning of a file: "
-            f"{error.msg} at line {error.lineno}, column {error.colno}"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise FileFormatError(f"{str(path)!r} is not UTF-8 text: {error}") from error
-    except (InputError, RecursionError) as error:
-        raise FileFormatError(f"{str(path)!r} is not a plan: {error}") from error
+    return read_json(path, "a plan", _plan)
 
 
 def _plan(parsed: object) -> Plan:
@@ -166,16 +150,3 @@ def _list(place: str, entry: object) -> list[Any]:
     if not isinstance(entry, list):
         raise InputError(f"{place} is {describe(entry)}; a list is wanted")
     return entry
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        raise InputError(f"{', '.join(map(repr, twice))} stands twice in one object")
-    return found
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise InputError(f"it holds {name}; every number must be finite")

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from ..checks import describe
-from ..errors import FileFormatError, InputError, MissingPathError
+from ..errors import InputError
+from ..strict_json import read_json
 from .consistency import check_report
 from .content import Report
 
@@ -37,26 +38,13 @@ def read_report(path: Path) -> Report:
             message names the place.
         MissingPathError: there is no such file.
     """
-    if not path.is_file():
-        raise MissingPathError(f"there is no file {str(path)!r}")
-    try:
-        parsed = json.loads(
-            path.read_text(encoding="utf-8"),
-            object_pairs_hook=_without_duplicates,
-            parse_constant=_refuse_constant,
-        )
-        report = _report(parsed)
-        check_report(report)
-        return report
-    except json.JSONDecodeError as error:
-        raise FileFormatError(
-            f"{str(path)!r} is not JSON, or only the beginning of a file: "
-            f"{error.msg} at line {error.lineno}, column {error.colno}"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise FileFormatError(f"{str(path)!r} is not UTF-8 text: {error}") from error
-    except (ValueError, RecursionError) as error:
-        raise FileFormatError(f"{str(path)!r} is not a report: {error}") from error
+    return read_json(path, "a report", _checked)
+
+
+def _checked(parsed: object) -> Report:
+    report = _report(parsed)
+    check_report(report)
+    return report
 
 
 def _report(parsed: object) -> Report:
@@ -145,16 +133,3 @@ def _expect(kind: type, value: Any, name: str, place: str) -> Any:
 
 def _refuse(value: Any, wanted: str, place: str) -> NoReturn:
     raise InputError(f"{place or 'the file'} is {describe(value)}; {wanted} is wanted")
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        raise InputError(f"{', '.join(map(repr, twice))} stands twice in one object")
-    return found
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise InputError(f"it holds {name}; every number must be finite")
