@@ -224,7 +224,8 @@ MAY_IMPORT = {
     "attention": {
         "basis", "checks", "convolve", "dispatch", "errors", "logits", "recover", "transforms",
     },
-    "hybrid": {"attention", "checks", "errors", "transforms"},
+    "workers": set(),
+    "hybrid": {"attention", "checks", "errors", "transforms", "workers"},
     "plan": {"checks", "errors", "hybrid", "storage", "strict_json"},
     "nn": {"attention", "checks", "dispatch", "errors"},
     "integrations": {"checks", "decompose", "errors", "hybrid", "plan", "storage"},

@@ -19,7 +19,7 @@ _ENTRIES = 1 << 19
 
 
 class Shared(NamedTuple):
-    """The same keys for all blocks of queries of a head."""
+    """The same keys for all blocks of queries of a head, in the order of tokens."""
 
     key: Tensor
     """``(R, p, d)``."""
@@ -27,6 +27,13 @@ class Shared(NamedTuple):
     """``(R, p, d_v)``."""
     bias: Tensor
     """``(R, c, p)``."""
+
+    def of_blocks(self, first: int, last: int) -> Shared:
+        """Return the keys that blocks of queries first .. last - 1 see, as far as the last of them."""
+        bias = self.bias[:, first:last]
+        seen = (bias > -torch.inf).flatten(0, 1).any(0).nonzero()
+        stop = int(seen[-1]) + 1 if len(seen) else 0
+        return Shared(self.key[:, :stop], self.value[:, :stop], bias[..., :stop])
 
 
 class Gathered(NamedTuple):

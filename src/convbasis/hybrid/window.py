@@ -42,8 +42,20 @@ class Window(NamedTuple):
         return -(-self.tokens // BLOCK) * BLOCK
 
 
+def mask_of_groups(window: Window, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return what hides keys from a whole group of queries, the same for each group."""
+    rows = torch.arange(QUERIES, device=device)
+    return _hidden(window, rows, torch.arange(-window.reach, QUERIES, device=device), dtype)
+
+
 def window_attention(
-    query: Tensor, key: Tensor, value: Tensor, window: Window, offset: int, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: Window,
+    offset: int,
+    scale: float,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return attention over the windows, and its log-sum-exp.
 
@@ -54,6 +66,7 @@ def window_attention(
         window: which keys a query sees.
         offset: position of the first query.
         scale: factor of the logits.
+        mask: that of `mask_of_groups`, where it is there already.
 
     Returns:
         output ``(H, m, d_v)`` and lse ``(H, m)``.
@@ -66,7 +79,7 @@ def window_attention(
     last = max(first, end // QUERIES * QUERIES)
     parts = [
         *_rows(query, key, value, window, offset, (offset, min(first, end)), scale),
-        *_groups(query, key, value, window, offset, (first, min(last, end)), scale),
+        *_groups(query, key, value, window, offset, (first, min(last, end)), scale, mask),
         *_rows(query, key, value, window, offset, (last, end), scale),
     ]
     outputs, sums = zip(*parts, strict=True)
@@ -124,6 +137,7 @@ def _groups(
     offset: int,
     rows: tuple[int, int],
     scale: float,
+    mask: Tensor | None,
 ) -> list[tuple[Tensor, Tensor]]:
     """Return whole groups of queries; the windows are views of the keys."""
     low, high = rows
@@ -134,9 +148,8 @@ def _groups(
     def windows(tensor: Tensor) -> Tensor:
         return tensor[:, low - reach : high].unfold(1, reach + QUERIES, QUERIES).permute(1, 0, 3, 2)
 
-    index = torch.arange(QUERIES, device=query.device)
-    keys = torch.arange(-reach, QUERIES, device=query.device)
     own = query[:, low - offset : high - offset].unflatten(1, (-1, QUERIES)).transpose(0, 1)
-    hidden = _hidden(window, index, keys, query.dtype)
-    output, lse = piece_attention(own, windows(key), windows(value), scale, hidden, _every_row(query))
+    if mask is None:
+        mask = mask_of_groups(window, query.dtype, query.device)
+    output, lse = piece_attention(own, windows(key), windows(value), scale, mask, _every_row(query))
     return [(output.transpose(0, 1).flatten(1, 2), lse.transpose(0, 1).flatten(1, 2))]
