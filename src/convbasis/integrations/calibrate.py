@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,14 @@ from torch import Tensor
 from ..checks import check_nonnegative, describe
 from ..errors import InputError
 from ..plan import HeadSetting, ModelShape, Plan
-from ..plan.choice import choose
+from ..plan.choice import Chosen, choose
 from ..plan.ladder import Costs, Measured, default_ladder, measure, measure_costs
 from .capture import CapturedLayer, observe_layers
 from .checkpoint import Checkpoint, weights_sha256
 from .sensitivity import head_sensitivities
 
 _COSTS, _SENSITIVITIES = "costs", "sensitivities"
+_WORTH_IT = 0.9  # a plan's cost that it is applied for: heads that fall back cost more
 
 
 def calibrate(
@@ -118,12 +118,23 @@ def calibrate(
     measured = [[_measured(kept, index, layer) for layer in layers] for index in range(len(texts))]
     costs = Costs(**kept[_COSTS])
     effects = None if budget is None else kept[_SENSITIVITIES]
-    chosen = choose(measured, costs.costs, steps, margin * tolerance, budget, effects)
-    usual = Counter(
-        head.setting for layer in chosen.heads for head in layer if head.setting is not None
-    )
-    shortest = n if not usual else costs.shortest[steps.index(usual.most_common(1)[0][0])]
+    chosen = choose(measured, costs.costs[-1], steps, margin * tolerance, budget, effects)
+    shortest = _crossover(chosen, costs, steps)
     return Plan(shape, digest, float(tolerance), n, shortest, chosen.heads, chosen.predicted_kl)
+
+
+def _crossover(chosen: Chosen, costs: Costs, ladder: Sequence[HeadSetting]) -> int:
+    """Return the longest measured prompt for which the plan saves next to nothing, 0 for none."""
+    settings = [head.setting for layer in chosen.heads for head in layer]
+    place: dict[HeadSetting | None, int] = {setting: index for index, setting in enumerate(ladder)}
+    place[None] = len(ladder)
+    shortest = 0
+    for n, of_settings in zip(costs.lengths, costs.costs, strict=True):
+        with_exact = [*of_settings, 1.0]
+        total = sum(with_exact[place[setting]] for setting in settings)
+        if total > _WORTH_IT * len(settings):
+            shortest = n
+    return shortest
 
 
 def _measured(kept: Checkpoint, text: int, layer: int) -> Measured:
