@@ -28,12 +28,18 @@ class Shared(NamedTuple):
     bias: Tensor
     """``(R, c, p)``."""
 
-    def of_blocks(self, first: int, last: int) -> Shared:
-        """Return the keys that blocks of queries first .. last - 1 see, as far as the last of them."""
-        bias = self.bias[:, first:last]
-        seen = (bias > -torch.inf).flatten(0, 1).any(0).nonzero()
-        stop = int(seen[-1]) + 1 if len(seen) else 0
-        return Shared(self.key[:, :stop], self.value[:, :stop], bias[..., :stop])
+    def stretches(self, blocks: int) -> list[Shared]:
+        """Return for each so many blocks of queries the keys up to the last one that they see."""
+        seen = (self.bias > -torch.inf).any(0)
+        more = -len(seen) % blocks
+        seen = torch.nn.functional.pad(seen, (0, 0, 0, more)).unflatten(0, (-1, blocks)).any(1)
+        places = torch.arange(1, seen.shape[1] + 1, device=seen.device)
+        return [
+            Shared(self.key[:, :stop], self.value[:, :stop], own[..., :stop])
+            for stop, own in zip(
+                (seen * places).amax(1).tolist(), self.bias.split(blocks, dim=1), strict=True
+            )
+        ]
 
 
 class Gathered(NamedTuple):

@@ -18,9 +18,9 @@ from .scaled_conv import conv_attention
 from .segments import segment_keys
 from .selection import block_keys, heaviest, heavy_blocks, seen_columns
 from .settings import Settings
-from .window import BLOCK, Window, mask_of_groups, window_attention
+from .window import BLOCK, Window, window_attention
 
-_STRETCH = 1024  # rows that are attended together
+_STRETCH = 2048  # rows that are attended together
 
 
 class Group(NamedTuple):
@@ -133,26 +133,19 @@ def _near_and_beyond(
     where blocks of queries take keys for themselves, which is fastest in an order of its own.
     """
     n = query.shape[1]
-    step = n if beyond.gathered else _STRETCH
-    mask = mask_of_groups(window, query.dtype, query.device)
+    step = -(-n // window.shared) * window.shared if beyond.gathered else _STRETCH
+    stretches = zip(*(x.stretches(step // window.shared) for x in beyond.shared), strict=True)
     outputs, sums = [], []
     for low in range(0, n, step):
         high = min(n, low + step)
         own = query[:, low:high]
-        output, lse = window_attention(own, key[:, :high], value[:, :high], window, low, scale, mask)
+        output, lse = window_attention(own, key[:, :high], value[:, :high], window, low, scale)
+        shared = next(stretches, ())
         if high > window.begin:
-            blocks = -(-(high - low) // window.shared)
-            own = lengthened(own, blocks * window.shared)
-            first = low // window.shared
-            more, more_lse = attention_beyond(
-                own,
-                window.shared,
-                [x.of_blocks(first, first + blocks) for x in beyond.shared],
-                beyond.gathered,
-                scale,
-            )
-            seen = slice(high - low)
-            output, lse = merge(output, lse, more[:, seen], more_lse[:, seen], overwrite=True)
+            own = lengthened(own, -(-(high - low) // window.shared) * window.shared)
+            more = attention_beyond(own, window.shared, shared, beyond.gathered, scale)
+            seen = (x[:, : high - low] for x in more)
+            output, lse = merge(output, lse, *seen, overwrite=True)
         outputs.append(output)
         sums.append(lse)
     if len(outputs) == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -44,10 +45,12 @@ def own_rows(rows: Tensor, parity: int, seed: int) -> Tensor:
     return 2 * pairs + (sides[pairs % len(sides)] + parity) % 2
 
 
+@functools.lru_cache(maxsize=256)
+@torch.inference_mode(False)  # later calls may record gradients
 def spread_rows(begin: int, end: int, count: int, parity: int, seed: int) -> Tensor:
     """Return about `count` rows of begin .. end - 1, one at random in each equal stretch.
 
-    They are `own_rows` of a parity.
+    They are `own_rows` of a parity. Heads share what is returned: nobody writes to it.
     """
     generator = torch.Generator().manual_seed(2 * seed + parity)
     count = min(count, (end - begin) // 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -42,8 +43,10 @@ class Window(NamedTuple):
         return -(-self.tokens // BLOCK) * BLOCK
 
 
-def mask_of_groups(window: Window, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return what hides keys from a whole group of queries, the same for each group."""
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # later calls may record gradients
+def _mask_of_groups(window: Window, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return what hides keys from a whole group of queries, the same for each; nobody writes to it."""
     rows = torch.arange(QUERIES, device=device)
     return _hidden(window, rows, torch.arange(-window.reach, QUERIES, device=device), dtype)
 
@@ -55,7 +58,6 @@ def window_attention(
     window: Window,
     offset: int,
     scale: float,
-    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return attention over the windows, and its log-sum-exp.
 
@@ -66,7 +68,6 @@ def window_attention(
         window: which keys a query sees.
         offset: position of the first query.
         scale: factor of the logits.
-        mask: that of `mask_of_groups`, where it is there already.
 
     Returns:
         output ``(H, m, d_v)`` and lse ``(H, m)``.
@@ -79,7 +80,7 @@ def window_attention(
     last = max(first, end // QUERIES * QUERIES)
     parts = [
         *_rows(query, key, value, window, offset, (offset, min(first, end)), scale),
-        *_groups(query, key, value, window, offset, (first, min(last, end)), scale, mask),
+        *_groups(query, key, value, window, offset, (first, min(last, end)), scale),
         *_rows(query, key, value, window, offset, (last, end), scale),
     ]
     outputs, sums = zip(*parts, strict=True)
@@ -137,7 +138,6 @@ def _groups(
     offset: int,
     rows: tuple[int, int],
     scale: float,
-    mask: Tensor | None,
 ) -> list[tuple[Tensor, Tensor]]:
     """Return whole groups of queries; the windows are views of the keys."""
     low, high = rows
@@ -149,7 +149,6 @@ def _groups(
         return tensor[:, low - reach : high].unfold(1, reach + QUERIES, QUERIES).permute(1, 0, 3, 2)
 
     own = query[:, low - offset : high - offset].unflatten(1, (-1, QUERIES)).transpose(0, 1)
-    if mask is None:
-        mask = mask_of_groups(window, query.dtype, query.device)
+    mask = _mask_of_groups(window, query.dtype, query.device)
     output, lse = piece_attention(own, windows(key), windows(value), scale, mask, _every_row(query))
     return [(output.transpose(0, 1).flatten(1, 2), lse.transpose(0, 1).flatten(1, 2))]
