@@ -11,13 +11,8 @@ import convbasis as cb
 from convbasis.cli.app import app
 from convbasis.cli.interruption import checkpoint_of
 from convbasis.integrations.capture import CapturedLayer, capture_layers
-from convbasis.integrations.profile import (
-    TOLERANCES,
-    lag_bands,
-    lengths,
-    profile,
-    profile_layers,
-)
+from convbasis.integrations.profile import TOLERANCES, lengths, profile, profile_layers
+from convbasis.integrations.views import lag_bands
 from convbasis.plan import HeadSetting
 from convbasis.plan.ladder import default_ladder
 
@@ -139,10 +134,17 @@ def test_every_option_changes_the_result(run, folder, text, tmp_path):
     assert prose["provenance"]["sources"][0]["name"] == "prose of the standard library"
 
 
-def test_three_layers_are_seen_from_near(run, save, tmp_path):
+def test_three_layers_are_seen_from_near_and_all_have_kernels(run, save, tmp_path):
     content = run("analyze", save(tmp_path / "deep", num_hidden_layers=5), "--length", 64)
     assert [row.count(None) for row in by_title(content, "suits")] == [0] * 5
-    assert sorted({head["layer"] for head in content["heads"]}) == [0, 2, 4]
+    near = {head["layer"] for head in content["heads"] if head["exact"] is not None}
+    assert near == {0, 2, 4}
+    for head in content["heads"]:
+        assert (head["approximate"] is None) == (head["layer"] not in near)
+        assert ("No picture of this layer" in head["caption"]) == (head["layer"] not in near)
+    places = [(head["layer"], head["head"]) for head in content["heads"]]
+    assert places == [(layer, head) for layer in range(5) for head in range(4)]
+    assert len({tuple(head["lag_weights"]) for head in content["heads"]}) == 20
     assert len(content["charts"][1]["lines"]) == 3
 
 

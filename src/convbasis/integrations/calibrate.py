@@ -7,7 +7,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -21,6 +21,21 @@ from .checkpoint import Checkpoint, weights_sha256
 from .sensitivity import head_sensitivities
 
 _COSTS, _SENSITIVITIES = "costs", "sensitivities"
+
+
+class Calibration(NamedTuple):
+    """A plan, and all that it was chosen from."""
+
+    plan: Plan
+    ladder: tuple[HeadSetting, ...]
+    measured: list[list[Measured]]
+    """For each text, for each layer."""
+    costs: list[float]
+    """Of each setting, as in `Costs`."""
+    allowed: float
+    """The part of the tolerance that the texts may use."""
+    sensitivities: list[list[float]] | None
+    """As `head_sensitivities` finds them; None without a budget."""
 
 
 def calibrate(
@@ -74,6 +89,32 @@ def calibrate(
         >>> plan = cb.calibrate(model, token_ids, tolerance=0.3)  # doctest: +SKIP
         >>> plan.save("plan.json")  # doctest: +SKIP
     """
+    return calibration(
+        model,
+        token_ids,
+        tolerance=tolerance,
+        margin=margin,
+        budget=budget,
+        ladder=ladder,
+        checkpoint=checkpoint,
+        progress=progress,
+        seed=seed,
+    ).plan
+
+
+def calibration(
+    model: Any,
+    token_ids: Tensor | Sequence[Tensor],
+    *,
+    tolerance: float,
+    margin: float,
+    budget: float | None,
+    ladder: Sequence[HeadSetting] | None = None,
+    checkpoint: str | Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    seed: int = 0,
+) -> Calibration:
+    """Return what `calibrate` finds, with the measurements; arguments and errors are its own."""
     if not check_nonnegative("tolerance", tolerance) > 0:
         raise InputError("tolerance=0 allows no approximation; give a positive relative error")
     if not 0 < check_nonnegative("margin", margin) <= 1:
@@ -118,12 +159,14 @@ def calibrate(
     measured = [[_measured(kept, index, layer) for layer in layers] for index in range(len(texts))]
     costs = Costs(**kept[_COSTS])
     effects = None if budget is None else kept[_SENSITIVITIES]
-    chosen = choose(measured, costs.costs, steps, margin * tolerance, budget, effects)
+    allowed = margin * tolerance
+    chosen = choose(measured, costs.costs, steps, allowed, budget, effects)
     usual = Counter(
         head.setting for layer in chosen.heads for head in layer if head.setting is not None
     )
     shortest = n if not usual else costs.shortest[steps.index(usual.most_common(1)[0][0])]
-    return Plan(shape, digest, float(tolerance), n, shortest, chosen.heads, chosen.predicted_kl)
+    plan = Plan(shape, digest, float(tolerance), n, shortest, chosen.heads, chosen.predicted_kl)
+    return Calibration(plan, steps, measured, costs.costs, allowed, effects)
 
 
 def _measured(kept: Checkpoint, text: int, layer: int) -> Measured:
