@@ -18,7 +18,7 @@ from rich.console import Console
 from convbasis.cli.report import run_report
 from convbasis.errors import FileFormatError, InputError, MissingPathError
 from convbasis.report.content import Chart, HeadMap, Line, Report, Table
-from convbasis.report.file import report_json
+from convbasis.report.file import read_report, report_json
 from convbasis.report.html import report_html, write_report
 from convbasis.report.scale import scale_of
 from convbasis.report.words import cell_text, rounded, time_text
@@ -326,13 +326,17 @@ def test_the_command_writes_the_page_of_a_file(tmp_path):
     source, output = tmp_path / "report.json", tmp_path / "[red] page.html"
     source.write_text(report_json(full_report()), encoding="utf-8")
     console = Console(record=True, width=300)
-    run_report(source, output, console)
+    run_report(source, output, tmp_path / "told.json", console)
     assert output.read_text(encoding="utf-8") == report_html(full_report())
     size = f"{output.stat().st_size / 1e6:.1f} MB"
     assert f"[red] page.html ({size}); open it" in console.export_text()
+    told = dict(read_report(tmp_path / "told.json").summary)
+    assert told["title"] == full_report().title
+    assert (told["maps"], told["heads"], told["charts"], told["tables"]) == (2, 6, 2, 1)
+    assert told["bytes of the page"] == output.stat().st_size
     source.write_text("{}")
     with pytest.raises(FileFormatError, match="its format is None"):
-        run_report(source, output, console)
+        run_report(source, output, None, console)
 
 
 def test_plotly_is_not_imported_before_a_page_is_made():
