@@ -17,7 +17,7 @@ from rich.console import Console
 
 from convbasis.cli.report import run_report
 from convbasis.errors import FileFormatError, InputError, MissingPathError
-from convbasis.report.content import Chart, HeadMap, Line, Report, Table
+from convbasis.report.content import Chart, HeadMap, HeadView, Line, Report, Table
 from convbasis.report.file import read_report, report_json
 from convbasis.report.html import report_html, write_report
 from convbasis.report.scale import scale_of
@@ -235,6 +235,30 @@ def test_points_that_cannot_be_drawn_are_counted():
         assert words in report_html(Report("r", provenance(), charts=(chart,)))
     chart = Chart("c", "x", "y", (line,))
     assert "not drawn" not in report_html(Report("r", provenance(), charts=(chart,)))
+
+
+def test_points_that_stand_out_are_in_the_table_too():
+    line = Line("l", (1.0,), (2.0,), ("first",))
+    chart = Chart(
+        "c", "x", "y", (line,), marked=(3.0, 4.0, "the plan"), crossings=((5.0, 1.0, "from here"),)
+    )
+    page = Page(report_html(Report("r", provenance(), charts=(chart,))))
+    assert page.cells[:16] == [
+        "line", "x", "y", "point", "l", "1", "2", "first", "the plan", "3", "4", "—", "from here", "5",
+        "1", "—",
+    ]  # fmt: skip
+
+
+def test_a_kernel_alone_has_no_picture():
+    alone = HeadView(0, 1, "kernel", None, None, (0, 1), (0.5, 0.25))
+    maps = (HeadMap("m", "u", ((0.5, 0.25),)),)
+    text = report_html(Report("r", provenance(), maps=maps, heads=(alone,)))
+    page = Page(text)
+    (view,) = json.loads(page.texts["pictures"])["heads"]
+    assert (view["exact"], view["approximate"], view["size"]) == (None, None, 0)
+    assert view["weights"] == [0.5, 0.25]
+    assert "A dark corner marks" not in text
+    assert 'id="chooser"' not in text
 
 
 def test_numbers_are_aligned_and_nothing_is_a_dash():
