@@ -102,8 +102,8 @@ def plan_as_report(
     ]
     if not plan.approximated:
         notes.append(
-            "No head is approximated: no setting was both good enough and faster. A longer text or a "
-            "larger tolerance may change that."
+            "No head is approximated: no setting was both good enough and faster. A longer text, a "
+            "larger tolerance, or a machine that does nothing else meanwhile may change that."
         )
     return Report(
         title=f"Plan for {where.model}",
