@@ -11,6 +11,7 @@ from .results import rounded
 from .words import in_words
 
 ATTENTION_COST = "attention time / that of exact attention"
+_ROUNDING = 1e-9  # what float32 alone leaves, squared, where a window holds the whole text
 PREDICTED_KL = "predicted KL(exact || plan), nats"
 
 
@@ -41,7 +42,7 @@ def trade_off_chart(found: Calibration) -> Chart:
             ),
         ),
         y_log=True,
-        marked=(rounded(own.cost), rounded(own.error), "this plan"),
+        marked=(rounded(own.cost), _error(own), "this plan"),
     )
 
 
@@ -49,7 +50,11 @@ def _line(name: str, places: Sequence[Place], labels: Sequence[str], *, joined: 
     return Line(
         name,
         tuple(rounded(place.cost) for place in places),
-        tuple(rounded(place.error) for place in places),
+        tuple(_error(place) for place in places),
         tuple(labels),
         joined=joined,
     )
+
+
+def _error(place: Place) -> float:
+    return rounded(place.error) if place.error > _ROUNDING else 0.0
