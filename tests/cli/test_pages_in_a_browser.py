@@ -53,30 +53,31 @@ def written(save, text, tmp_path_factory):
     return place
 
 
-@pytest.mark.parametrize("command", ["analyze", "calibrate", "compare", "bench"])
-def test_a_page_is_drawn_and_its_heads_can_be_clicked(
-    visit, written, command, tmp_path_factory, monkeypatch
-):
-    page = visit(written / f"{command}.html")
-    assert page.locator("#failure").is_hidden()
-    charts = page.locator("[data-chart]").count()
-    assert charts == {"analyze": 2}.get(command, 1)
-    assert page.locator("[data-chart] .main-svg .scatterlayer").count() >= charts
-    # A table stands behind every picture.
-    assert page.locator("figure.chart details table").count() == charts
-    assert page.locator("figure.map details table").count() == page.locator("figure.map").count()
-    if command == "bench":
-        assert page.locator("figure.map").count() == 0
-    else:
-        assert NAME in page.locator("h1").inner_text()
-        head(page, 2, 3).click()
-        assert page.locator("#view-title").inner_text() == "Layer 2, head 3"
-        assert page.locator("#view-values dd").count() == page.locator("figure.map").count()
-    page.screenshot(path=folder_for_shots(tmp_path_factory) / f"{command}.png", full_page=True)
+@pytest.fixture
+def drawn(visit, written, tmp_path_factory):
+    """Open a command's page: everything on it is drawn, and a table stands behind every picture."""
+
+    def open_page(command, charts=1, maps=3):
+        page = visit(written / f"{command}.html")
+        assert page.locator("#failure").is_hidden()
+        assert page.locator("[data-chart]").count() == charts
+        assert page.locator("[data-chart] .main-svg .scatterlayer").count() >= charts
+        assert page.locator("figure.chart details table").count() == charts
+        assert page.locator("figure.map").count() == maps
+        assert page.locator("figure.map details table").count() == maps
+        page.screenshot(path=folder_for_shots(tmp_path_factory) / f"{command}.png", full_page=True)
+        if maps:
+            assert NAME in page.locator("h1").inner_text()
+            head(page, 2, 3).click()
+            assert page.locator("#view-title").inner_text() == "Layer 2, head 3"
+            assert page.locator("#view-values dd").count() == maps
+        return page
+
+    return open_page
 
 
-def test_calibrate_shows_every_head_and_error_against_cost(visit, written):
-    page = visit(written / "calibrate.html")
+def test_calibrate_shows_every_head_and_error_against_cost(drawn):
+    page = drawn("calibrate")
     assert page.locator('[data-chart="0"] .legendtext').all_text_contents() == [
         "one setting for all heads", "choices head by head, by budget", "this plan",
     ]  # fmt: skip
@@ -90,8 +91,8 @@ def test_calibrate_shows_every_head_and_error_against_cost(visit, written):
     assert page.locator("#view-lags .scatterlayer path.js-line").count() == 1
 
 
-def test_analyze_shows_a_kernel_of_every_layer(visit, written):
-    page = visit(written / "analyze.html")
+def test_analyze_shows_a_kernel_of_every_layer(drawn):
+    page = drawn("analyze", charts=2, maps=8)
     assert page.locator("#view-exact").is_visible()
     head(page, 1, 2).click()
     assert "No picture of this layer" in page.locator("#view-caption").inner_text()
@@ -107,8 +108,8 @@ def test_analyze_shows_a_kernel_of_every_layer(visit, written):
     assert page.locator("#view-difference").is_visible()
 
 
-def test_compare_shows_what_was_measured_beside_what_was_predicted(visit, written):
-    page = visit(written / "compare.html")
+def test_compare_shows_what_was_measured_beside_what_was_predicted(drawn):
+    page = drawn("compare")
     assert page.locator('[data-chart="0"] .legendtext').all_text_contents() == [
         "measured", "predicted at 300 tokens",
     ]  # fmt: skip
@@ -116,8 +117,8 @@ def test_compare_shows_what_was_measured_beside_what_was_predicted(visit, writte
     assert titles == ["Setting", "Error estimate, 0 for exact heads", "Time"]
 
 
-def test_bench_marks_where_methods_begin_to_be_faster(visit, written):
-    page = visit(written / "bench.html")
+def test_bench_marks_where_methods_begin_to_be_faster(drawn):
+    page = drawn("bench", maps=0)
     texts = page.locator('[data-chart="0"] .textpoint').all_text_contents()
     assert texts == ["conv basis, k = 1: 260", "hybrid: 260"]
     rows = page.locator("figure.chart details tr").all_text_contents()
