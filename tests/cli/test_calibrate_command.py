@@ -251,6 +251,36 @@ def test_after_ctrl_c_it_goes_on_and_gives_the_same_bytes(
     assert list(tmp_path.iterdir()) == [plan]
 
 
+def test_ctrl_c_while_pictures_are_made_keeps_the_plan(
+    run, fail, words, tmp_path, monkeypatch, no_times
+):
+    run(*words)
+    plan, told = tmp_path / "plan.json", tmp_path / "told.json"
+    whole = plan.read_bytes()
+    plan.unlink()
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as changed:
+        changed.setattr("convbasis.cli.calibrate.see_plan", stop)
+        assert str(checkpoint_of(plan)) in fail(*words, "--json", told, code=130)
+    assert plan.read_bytes() == whole
+    assert not told.exists()
+    no_times()
+    assert CliRunner().invoke(app, [*map(str, words), "--json", str(told)]).exit_code == 0
+    assert len(json.loads(told.read_text())["heads"]) == 8
+    assert sorted(tmp_path.iterdir()) == [plan, told]
+
+
+def test_no_pictures_are_made_that_nobody_asked_for(words, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("no picture is wanted")
+
+    monkeypatch.setattr("convbasis.cli.calibrate.see_plan", refuse)
+    assert CliRunner().invoke(app, [*map(str, words)]).exit_code == 0
+
+
 def test_ctrl_c_while_times_are_measured(run, fail, words, tmp_path, monkeypatch):
     from convbasis.plan import ladder
 

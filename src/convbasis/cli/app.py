@@ -11,7 +11,7 @@ from .. import __version__
 from .exits import EXIT_CODES, debug, one_line_errors
 from .results import screen
 
-EXAMPLE = "Example: convbasis calibrate smollm2 --length 8192 -o plan.json --report plan.html"
+EXAMPLE = "Example: convbasis calibrate smollm2 --length 8192 -o plan.json"
 
 # Plain help: boxes would leave no room for it in 80 columns.
 app = typer.Typer(

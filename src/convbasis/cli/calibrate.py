@@ -45,7 +45,7 @@ def run_calibrate(
     loaded = load_model(model)
     ids = [text_tokens(loaded.model, loaded.tokenizer, *text, length) for text in contents]
     with keeping(output) as checkpoint:
-        with one_bar("measuring layers") as step:
+        with one_bar("measuring layers and the model") as step:
             found = calibration(
                 loaded.model,
                 torch.cat(ids),

@@ -70,7 +70,8 @@ def calibrate(
             sizes.
         checkpoint: a JSON file that keeps what is measured, layer by layer; a run that was stopped goes
             on where it was.
-        progress: called with the number of layers done and of all.
+        progress: called with the number of layers done and of all; what errors do to the model counts
+            as one more.
         seed: of everything sampled.
 
     Returns:
@@ -140,7 +141,7 @@ def calibration(
         },
         "model, weights, texts, ladder or seed",
     )
-    total = len(texts) * shape.layers
+    total = len(texts) * shape.layers + (budget is not None)
     for index, text in enumerate(texts):
 
         def observe(layer: int, given: CapturedLayer, index: int = index) -> None:
@@ -155,6 +156,8 @@ def calibration(
         observe_layers(model, text, observe)
     if budget is not None and _SENSITIVITIES not in kept:
         kept.add(_SENSITIVITIES, head_sensitivities(model, texts[0], seed=seed))
+    if budget is not None and progress is not None:
+        progress(total, total)
     layers = range(shape.layers)
     measured = [[_measured(kept, index, layer) for layer in layers] for index in range(len(texts))]
     costs = Costs(**kept[_COSTS])
