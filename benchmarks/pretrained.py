@@ -503,9 +503,9 @@ def main() -> None:
         part.set_defaults(job=job)
         part.add_argument("--length", type=int, default=8192, help="of the calibration")
         part.add_argument("--folder", type=Path, default=RESULTS)
-        part.add_argument("--margin", type=float, default=0.65, help="of the tolerance")
+        part.add_argument("--margin", type=float, default=0.6, help="of the tolerance")
         if job is calibrate:
-            part.add_argument("--tolerance", type=float, default=0.3)
+            part.add_argument("--tolerance", type=float, default=0.4)
             part.add_argument("--budget", type=float, default=0.003, help="KL, in nats")
             continue
         lengths = {long: [32_768], curve: [8192]}.get(job, [2048, 4096, 8192])

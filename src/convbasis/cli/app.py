@@ -159,10 +159,10 @@ def calibrate(
     length: Annotated[int, typer.Option(min=64, metavar="N", help="Tokens of each text.")] = 4096,
     tolerance: Annotated[
         float, typer.Option(metavar="E", help="Largest relative error of a head.")
-    ] = 0.3,
+    ] = 0.4,
     margin: Annotated[
         float, typer.Option(metavar="P", help="Part of it that these texts may use.")
-    ] = 0.65,
+    ] = 0.6,
     budget: Annotated[
         float, typer.Option(metavar="KL", help="Nats that all heads may add up to; inf for any.")
     ] = 0.003,

@@ -42,8 +42,8 @@ def calibrate(
     model: Any,
     token_ids: Tensor | Sequence[Tensor],
     *,
-    tolerance: float = 0.3,
-    margin: float = 0.65,
+    tolerance: float = 0.4,
+    margin: float = 0.6,
     budget: float | None = 0.003,
     ladder: Sequence[HeadSetting] | None = None,
     checkpoint: str | Path | None = None,
@@ -87,7 +87,7 @@ def calibrate(
 
     Example:
         >>> import convbasis as cb  # doctest: +SKIP
-        >>> plan = cb.calibrate(model, token_ids, tolerance=0.3)  # doctest: +SKIP
+        >>> plan = cb.calibrate(model, token_ids, tolerance=0.4)  # doctest: +SKIP
         >>> plan.save("plan.json")  # doctest: +SKIP
     """
     return calibration(
