@@ -9,6 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import convbasis as cb
+from convbasis import workers
 from convbasis.workers import run_all
 
 TENSOR = torch.zeros(1)
@@ -115,6 +116,25 @@ class TestRunAll:
             run_all(tasks, [TENSOR])
         assert len(done) < 500
         assert run_all([lambda: 1] * 3, [TENSOR]) == [1] * 3  # they go on
+
+    def test_threads_that_cannot_be_made_leave_nothing_waiting(self, monkeypatch):
+        monkeypatch.setattr(workers, "_pools", {})
+        begin, started = threading.Thread.start, []
+
+        def start(thread):
+            if len(started) == 2:
+                raise RuntimeError("can't start new thread")
+            started.append(thread)
+            begin(thread)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", start)
+            with pytest.raises(RuntimeError, match="can't start"):
+                run_all([where] * 3, [TENSOR])
+        for thread in started:
+            thread.join(60)
+            assert not thread.is_alive()
+        assert run_all([lambda: 1] * 3, [TENSOR]) == [1] * 3
 
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
     @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")

@@ -19,7 +19,7 @@ from torch import Tensor
 T = TypeVar("T")
 
 _own = threading.local()  # marks the threads of pools
-_pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
+_pools: dict[int, ThreadPoolExecutor] = {}
 _making = threading.Lock()
 
 
@@ -79,19 +79,38 @@ def _threads_have_counts() -> bool:
 def _pool(threads: int) -> ThreadPoolExecutor:
     """Return threads whose operators run on one core each."""
     with _making:
-        place = (os.getpid(), threads)  # threads do not survive a fork
-        if place not in _pools:
-            ready = threading.Barrier(threads + 1)
+        if threads not in _pools:
+            _pools[threads] = _new_pool(threads)
+        return _pools[threads]
 
-            def prepare() -> None:
-                _own.marked = True
-                torch.get_num_threads()  # a thread takes over the common number when it first asks
-                torch.set_num_threads(1)
 
-            pool = ThreadPoolExecutor(threads, "convbasis", initializer=prepare)
-            for _ in range(threads):
-                pool.submit(ready.wait)
-            ready.wait()
-            torch.set_num_threads(threads)  # what other threads begin with is torch's to remember
-            _pools[place] = pool
-        return _pools[place]
+def _new_pool(threads: int) -> ThreadPoolExecutor:
+    ready = threading.Barrier(threads + 1)
+
+    def prepare() -> None:
+        _own.marked = True
+        torch.get_num_threads()  # a thread takes over the common number when it first asks
+        torch.set_num_threads(1)
+
+    pool = ThreadPoolExecutor(threads, "convbasis", initializer=prepare)
+    try:
+        for _ in range(threads):
+            pool.submit(ready.wait)
+        ready.wait()
+    except BaseException:
+        ready.abort()
+        pool.shutdown(wait=False)
+        raise
+    torch.set_num_threads(threads)  # what threads of others begin with is not what ours did
+    return pool
+
+
+def _forget_pools() -> None:
+    """Begin anew in a forked process, which has none of the threads."""
+    global _making
+    _making = threading.Lock()
+    _pools.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_pools)
