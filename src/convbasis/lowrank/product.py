@@ -95,7 +95,9 @@ class _MaskedProduct(torch.autograd.Function):
     @staticmethod
     def forward(left: Tensor, right: Tensor, x: Tensor, mask: Mask, transpose: bool) -> Tensor:
         """Multiply."""
-        return mask.product(left, right, x, transpose)
+        product = mask.product(left, right, x, transpose)
+        # Forward mode wants a tensor of its own, not a view of one that is longer.
+        return product.clone() if product._is_view() else product
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -106,7 +108,7 @@ class _MaskedProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        """Take each factor's place in turn: (W∘(g x^T)) right, (W^T∘(x g^T)) left, (W^T∘(right left^T)) g."""
+        """Put the gradient g in: (W∘(g x^T)) right, (W^T∘(x g^T)) left, (W^T∘(right left^T)) g."""
         left, right, x = ctx.saved_tensors
         gradient, mask = grads[0].contiguous(), ctx.mask
         of_left = of_right = of_x = None
@@ -134,5 +136,5 @@ class _MaskedProduct(torch.autograd.Function):
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
         """Take what is mapped over as a larger batch."""
         size = info.batch_size
-        tensors = [front(arg, dim, size).flatten(0, 1) for arg, dim in zip(args[:3], in_dims, strict=False)]
+        tensors = [front(args[at], in_dims[at], size).flatten(0, 1) for at in range(3)]
         return _MaskedProduct.apply(*tensors, *args[3:]).unflatten(0, (size, -1)), 0

@@ -1,4 +1,4 @@
-"""Products where each row sees one range of positions, by chunks and sums of chunks, without differences.
+"""Products where each row sees one range of positions, by chunks and sums of chunks.
 
 A range is a few positions at either end, multiplied out, and whole chunks between. The state of a chunk
 is ``Σ right_j x_j^T``. With sums within aligned groups of 2^l chunks, from each chunk back to the
@@ -18,8 +18,8 @@ from torch import Tensor
 from .tiles import Tiles, tiles_of
 
 CHUNK = 64  # tokens of a chunk, and rows of a tile
-_ENTRIES = 1 << 20  # numbers of tiles at a time
-_STATES = 1 << 24  # numbers in the states of all chunks at a time
+_ENTRIES = 1 << 19  # numbers of tiles at a time
+_STATES = 1 << 26  # numbers in the states of all chunks at a time
 
 
 class Part(NamedTuple):
@@ -99,20 +99,17 @@ class Ranges:
         """
         left = _lengthened(left, self.m + 1)
         rights, values = (self._chunked(tensor) for tensor in (right, x))
-        output = x.new_zeros((len(x), self.m, x.shape[-1]))
+        output = x.new_zeros((len(x), self.m + 1, x.shape[-1]))
         for part in self.parts:
-            found = x.new_zeros((len(x), part.tiles.rows.numel() + 1, x.shape[-1]))
             width = CHUNK + 2 * left.shape[-1] + 2 * x.shape[-1]
             for some in _some(len(part.tiles.rows), len(x) * CHUNK * width):
-                source = part.tiles.source[some]
                 pairs = self._pairs(left, rights, part, some)
-                rows = pairs @ values.index_select(1, source)
-                found[:, some.start * CHUNK : some.stop * CHUNK] = rows.flatten(1, 2)
-            output += found.index_select(1, part.tiles.place)
+                found = pairs @ values.index_select(1, part.tiles.source[some])
+                _add_rows(output, part.tiles.rows[some], found)
         if self.reads_states:
             for some in self._features(left, x):
-                self._read(output, left[..., some], rights[..., some], values)
-        return output
+                self._read(output, left[..., some].contiguous(), rights[..., some], values)
+        return output[:, : self.m]
 
     def transposed(self, left: Tensor, right: Tensor, x: Tensor) -> Tensor:
         """Return rows ``left_j · Σ right_e x_e^T`` over the ranges e that hold j, ``(P, n, c)``.
@@ -133,7 +130,7 @@ class Ranges:
                 output.index_add_(1, part.tiles.source[some], pairs.mT @ values)
         if self.reads_states:
             for some in self._features(right, x):
-                output += lefts[..., some] @ self._written(right[..., some], x)
+                output += lefts[..., some] @ self._written(right[..., some].contiguous(), x)
         return output.flatten(1, 2)[:, : self.n]
 
     def _pairs(self, rows_of: Tensor, chunks_of: Tensor, part: Part, some: slice) -> Tensor:
@@ -165,13 +162,10 @@ class Ranges:
             if level:
                 self._widen(to_end, from_begin, level)
             for tiles, sums in ((lookup.to_end, to_end), (lookup.from_begin, from_begin)):
-                if len(tiles.rows):
-                    found = x.new_zeros((len(x), tiles.rows.numel() + 1, x.shape[-1]))
-                    for some in _some(len(tiles.rows), len(x) * sums[0, 0].numel()):
-                        rows = _gathered(left, tiles.rows[some])
-                        values = rows @ sums.index_select(1, tiles.source[some])
-                        found[:, some.start * CHUNK : some.stop * CHUNK] = values.flatten(1, 2)
-                    output += found.index_select(1, tiles.place)
+                for some in _some(len(tiles.rows), len(x) * sums[0, 0].numel()):
+                    rows = _gathered(left, tiles.rows[some])
+                    found = rows @ sums.index_select(1, tiles.source[some])
+                    _add_rows(output, tiles.rows[some], found)
 
     def _widen(self, to_end: Tensor, from_begin: Tensor, level: int) -> None:
         """Make sums within groups of 2^level chunks from those within groups of half as many."""
@@ -215,6 +209,15 @@ def _grouped(sums: Tensor, low: int, high: int, number: int) -> Tensor:
 def _gathered(tensor: Tensor, rows: Tensor) -> Tensor:
     """Return rows ``(P, t, h, ·)`` of a tensor ``(P, ·, ·)``."""
     return tensor.index_select(1, rows.flatten()).unflatten(1, rows.shape)
+
+
+def _add_rows(output: Tensor, rows: Tensor, values: Tensor) -> None:
+    """Add values ``(P, t, h, c)`` to rows ``(t, h)`` of an output ``(P, ·, c)``."""
+    problems, height, columns = output.shape
+    begins = torch.arange(problems, device=rows.device)[:, None] * height
+    # Along the first dimension: several times faster than along another.
+    index = (begins + rows.flatten()).flatten()
+    output.view(-1, columns).index_add_(0, index, values.reshape(-1, columns))
 
 
 def _lengthened(tensor: Tensor, length: int) -> Tensor:

@@ -45,7 +45,7 @@ class RowChangeMask(Mask):
         check_positive_int("the number of rows", len(additions), "one row at least")
         if len(additions) != len(removals):
             raise InputError(
-                f"additions has {len(additions)} rows but removals has {len(removals)}; one each per row"
+                f"additions has {len(additions)} rows but removals has {len(removals)}; each needs n"
             )
         self.n = len(additions)
         keys, rows, signs = [], [], []
@@ -105,7 +105,8 @@ class RowChangeMask(Mask):
         if isinstance(other, RowChangeMask):
             keys = torch.cat([self.keys, self.keys, other.keys, other.keys])
             rows = torch.cat([self.first, self.last + 1, other.first, other.last + 1])
-            signs = torch.cat([torch.tensor([1, -1]).repeat_interleave(len(x.keys)) for x in (self, other)])
+            one = [torch.ones_like(mask.keys) for mask in (self, other)]
+            signs = torch.cat([one[0], -one[0], one[1], -one[1]])
             order = (keys * (self.n + 1) + rows).argsort(stable=True)
             keys, rows, signs = keys[order], rows[order], signs[order]
             both = signs.cumsum(0) == 2

@@ -15,8 +15,6 @@ class Tiles(NamedTuple):
     """``(t, h)`` rows; where a tile is not full, the number of rows, for none."""
     source: Tensor
     """``(t,)`` what each tile reads from."""
-    place: Tensor
-    """``(rows,)`` where each row is among the t·h places; t·h for a row that is nowhere."""
 
 
 def tiles_of(rows: Tensor, source: Tensor, height: int, total: int) -> Tiles:
@@ -40,6 +38,4 @@ def tiles_of(rows: Tensor, source: Tensor, height: int, total: int) -> Tiles:
     filled = index < ends[group, None]
     padded = torch.cat([rows, rows.new_tensor([total])])
     tiles = padded[torch.where(filled, index, len(rows))]
-    place = rows.new_full((total + 1,), tiles.numel())
-    place[tiles.flatten()] = torch.arange(tiles.numel(), device=rows.device)
-    return Tiles(tiles, sources[group], place[:total])
+    return Tiles(tiles, sources[group])
