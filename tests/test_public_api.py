@@ -42,6 +42,7 @@ def test_public_names_are_pinned():
         "hybrid_attention_stats",
         "last_dispatch",
         "lowrank",
+        "lowrank_attention",
         "masked_lowrank_matmul",
         "nn",
         "plan_report",
@@ -73,6 +74,10 @@ def test_arguments_are_pinned():
     assert names(cb.HybridState) == [
         "window", "sinks", "columns", "blocks", "far_field", "num_segments", "samples", "scale",
         "enable_gqa", "seed",
+    ]  # fmt: skip
+    assert names(cb.lowrank_attention) == [
+        "q", "k", "v", "mask", "degree", "tolerance", "rank", "scale", "enable_gqa", "hidden_keys",
+        "max_features",
     ]  # fmt: skip
     assert names(cb.masked_lowrank_matmul) == ["u1", "u2", "x", "mask"]
     assert names(cb.causal_toeplitz_matmul) == ["kernel", "x"]
@@ -114,7 +119,7 @@ def test_errors_form_one_family():
 def test_every_public_function_has_a_full_docstring():
     functions = (cb.conv_basis_attention, cb.conv_basis_attention_stats, cb.decompose, cb.recover)
     trained = (cb.attention_loss_and_gradient, cb.nn.segment_starts, cb.hybrid_attention)
-    others = (cb.planted_qk, cb.causal_toeplitz_matmul, cb.masked_lowrank_matmul)
+    others = (cb.planted_qk, cb.causal_toeplitz_matmul, cb.masked_lowrank_matmul, cb.lowrank_attention)
     for function in (*functions, *trained, *others):
         text = inspect.getdoc(function)
         for part in ("Args", "Returns:", "Source:", "Example:", ">>>"):

@@ -22,7 +22,7 @@ from .errors import (
 from .hybrid import HybridDispatch, HybridState, HybridStats, hybrid_attention, hybrid_attention_stats
 from .integrations.calibrate import calibrate
 from .integrations.planned import PlanReport, apply_plan, plan_report, remove_plan
-from .lowrank import masked_lowrank_matmul
+from .lowrank import lowrank_attention, masked_lowrank_matmul
 from .plan import Plan
 from .planted import PlantedQK, planted_qk
 from .recover import recover
@@ -58,6 +58,7 @@ __all__ = [
     "hybrid_attention_stats",
     "last_dispatch",
     "lowrank",
+    "lowrank_attention",
     "masked_lowrank_matmul",
     "nn",
     "plan_report",

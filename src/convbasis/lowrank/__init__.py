@@ -1,6 +1,8 @@
 """Masked low-rank matrices and attention: the rank basis beside the conv basis."""
 
+from .attention import LowRankStats, lowrank_attention, lowrank_attention_stats
 from .distinct import DistinctColumnsMask, DistinctRowsMask
+from .features import feature_count, polynomial_features, truncation_error
 from .intervals import CausalMask, DocumentMask, IntervalMask, ShiftedGroupMask, SlidingWindowMask
 from .mask import Mask
 from .product import masked_lowrank_matmul
@@ -12,9 +14,15 @@ __all__ = [
     "DistinctRowsMask",
     "DocumentMask",
     "IntervalMask",
+    "LowRankStats",
     "Mask",
     "RowChangeMask",
     "ShiftedGroupMask",
     "SlidingWindowMask",
+    "feature_count",
+    "lowrank_attention",
+    "lowrank_attention_stats",
     "masked_lowrank_matmul",
+    "polynomial_features",
+    "truncation_error",
 ]
