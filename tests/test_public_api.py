@@ -235,7 +235,7 @@ MAY_IMPORT = {
     },
     "workers": set(),
     "hybrid": {"attention", "checks", "errors", "transforms", "workers"},
-    "lowrank": {"checks", "errors", "transforms"},
+    "lowrank": {"checks", "convolve", "errors", "transforms"},
     "plan": {"checks", "errors", "hybrid", "storage", "strict_json"},
     "nn": {"attention", "checks", "dispatch", "errors"},
     "integrations": {"checks", "decompose", "errors", "hybrid", "plan", "storage"},

@@ -6,6 +6,7 @@ from .features import feature_count, polynomial_features, truncation_error
 from .intervals import CausalMask, DocumentMask, IntervalMask, ShiftedGroupMask, SlidingWindowMask
 from .mask import Mask
 from .product import masked_lowrank_matmul
+from .relative import lowrank_toeplitz_matmul, relative_attention, rotary_features
 from .row_changes import RowChangeMask
 
 __all__ = [
@@ -22,7 +23,10 @@ __all__ = [
     "feature_count",
     "lowrank_attention",
     "lowrank_attention_stats",
+    "lowrank_toeplitz_matmul",
     "masked_lowrank_matmul",
     "polynomial_features",
+    "relative_attention",
+    "rotary_features",
     "truncation_error",
 ]

@@ -148,9 +148,9 @@ def lowrank_attention_stats(
     Example:
         >>> import torch
         >>> from convbasis.lowrank import CausalMask, lowrank_attention_stats
-        >>> q, k, v = 0.5 * torch.ones(3, 1, 1, 9, 4).unbind()
+        >>> q, k, v = torch.full((3, 1, 1, 9, 4), 0.5).unbind()
         >>> lowrank_attention_stats(q, k, v, CausalMask(9), tolerance=1e-4).degree
-        4
+        6
     """
     check_qkv(q, k, v, enable_gqa)
     batch, heads, n, d = q.shape
@@ -195,8 +195,8 @@ def lowrank_attention_stats(
             row = wrong.nonzero()[0].tolist()
             raise ConvBasisError(
                 f"the normaliser of row {row} is {float(total[tuple(row)]):.3g}: a polynomial of "
-                f"degree {choice.degree} is no approximation of these logits; use an even degree and smaller "
-                "logits"
+                f"degree {choice.degree} is no approximation of these logits; use an even degree "
+                "and smaller logits"
             )
         safe = total.masked_fill(~visible, 1.0)
         output = (sums[..., :-1] / safe[..., None]).masked_fill(~visible[..., None], 0.0)
@@ -245,8 +245,8 @@ def _chosen(
         if tolerance is not None and choice.error > tolerance:
             raise InputError(
                 f"degree={degree} keeps the error below {choice.error:.3g}, not "
-                f"tolerance={tolerance:g}, for logits as large as {found[kept - 1][0]:.3g}: leave the degree to be chosen, or "
-                f"{_ALTERNATIVES}"
+                f"tolerance={tolerance:g}, for logits as large as {found[kept - 1][0]:.3g}: leave "
+                f"the degree to be chosen, or {_ALTERNATIVES}"
             )
     return query[..., : choice.rank], key[..., : choice.rank], choice
 
