@@ -8,6 +8,7 @@ from .mask import Mask
 from .product import masked_lowrank_matmul
 from .relative import lowrank_toeplitz_matmul, relative_attention, rotary_features
 from .row_changes import RowChangeMask
+from .sums import Part, merge_parts, sparse_attention_stats
 
 __all__ = [
     "CausalMask",
@@ -17,6 +18,7 @@ __all__ = [
     "IntervalMask",
     "LowRankStats",
     "Mask",
+    "Part",
     "RowChangeMask",
     "ShiftedGroupMask",
     "SlidingWindowMask",
@@ -25,8 +27,10 @@ __all__ = [
     "lowrank_attention_stats",
     "lowrank_toeplitz_matmul",
     "masked_lowrank_matmul",
+    "merge_parts",
     "polynomial_features",
     "relative_attention",
     "rotary_features",
+    "sparse_attention_stats",
     "truncation_error",
 ]

@@ -41,7 +41,7 @@ def truncation_error(bound: float, degree: int) -> float:
     Example:
         >>> from convbasis.lowrank import truncation_error
         >>> round(truncation_error(1.0, 2), 3), round(truncation_error(1.0, 6), 6)
-        (0.359, 0.000475)
+        (0.359, 0.000479)
     """
     check_nonnegative("bound", bound)
     check_nonnegative_int("degree", degree)

@@ -36,7 +36,7 @@ def lowrank_toeplitz_matmul(u1: Tensor, u2: Tensor, kernel: Tensor, x: Tensor) -
 
     Complexity:
         O(n r c log n) time: r products with conv(kernel), one for each column of u1 and u2, of c
-        columns each; taken some at a time, so that memory stays at that of the inputs and of 2^23 numbers.
+        columns each; taken some at a time, in memory of the inputs and 2^23 numbers.
 
     Source:
         Section 4 of docs/mathematics.md: the sum over p of diag(u1_p) conv(kernel) diag(u2_p).
