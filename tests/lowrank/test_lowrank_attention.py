@@ -104,15 +104,17 @@ def test_few_coordinates_are_enough_where_logits_have_low_rank():
     assert (fixed.rank, fixed.degree, fixed.features) == (2, 2, 6)
 
 
-def test_scale_and_hidden_keys():
+def test_scale_and_key_bias():
     q, k, v = draw(2, 2, 40, 3, 4)
     mask = SlidingWindowMask(40, 7)
     hidden = torch.rand(2, 2, 40) > 0.6
     hidden[0, 0, :12] = True  # the first rows see nothing
-    found = lowrank_attention_stats(q, k, v, mask, degree=6, scale=-0.2, hidden_keys=hidden)
-    output, lse = dense(q, k, v, mask.to_dense() & ~hidden[..., None, :], taylor(6), -0.2)
+    bias = torch.randn(2, 2, 40, dtype=torch.float64).masked_fill(hidden, -math.inf) + 50
+    found = lowrank_attention_stats(q, k, v, mask, degree=6, scale=-0.2, key_bias=bias)
+    output, lse = dense(q, k, v, mask.to_dense() * bias.exp()[..., None, :], taylor(6), -0.2)
     assert_close(output, found.output, whole=1e-10, row=1e-8)
     assert torch.equal(found.lse == -math.inf, lse == -math.inf)
+    assert torch.allclose(found.lse, lse)
     assert (found.output[0, 0, :12] == 0).all()
 
 
@@ -167,7 +169,8 @@ def test_a_normaliser_that_is_not_positive_is_told():
         ({"rank": 0}, "rank=0 is not a positive integer"),
         ({"degree": -2}, "degree=-2 is not an integer >= 0"),
         ({"max_features": 0}, "max_features=0 is not a positive integer"),
-        ({"hidden_keys": torch.ones(5)}, "hidden_keys is a torch.float32 tensor"),
+        ({"key_bias": torch.ones(5)}, "key_bias is a torch.float32 tensor"),
+        ({"key_bias": torch.full((1, 1, 5), torch.inf)}, "key_bias holds NaN or"),
         ({"v": torch.full((1, 1, 5, 2), torch.inf)}, "v holds 10 NaN or Inf"),
     ],
 )

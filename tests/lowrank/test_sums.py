@@ -134,5 +134,5 @@ def test_bad_parts_are_refused():
         merge_parts([])
     with pytest.raises(cb.InputError, match="all must be alike"):
         merge_parts([part, (torch.ones(4, 2), torch.ones(3))])
-    with pytest.raises(cb.InputError, match="output has dtype torch.float64"):
+    with pytest.raises(cb.InputError, match=r"output has dtype torch\.float64"):
         merge_parts([part, (torch.ones(4, 2, dtype=torch.float64), torch.ones(4))])

@@ -59,7 +59,7 @@ def lowrank_attention(
     rank: int | None = None,
     scale: float | None = None,
     enable_gqa: bool = False,
-    hidden_keys: Tensor | None = None,
+    key_bias: Tensor | None = None,
     max_features: int = MAX_FEATURES,
 ) -> Tensor:
     """Return attention under a mask, its weights exp(logit) replaced by a polynomial of low rank.
@@ -80,7 +80,7 @@ def lowrank_attention(
             best approximated; all if None and a degree is given, else chosen with the degree.
         scale: factor of the logits; ``1/sqrt(d)`` by default.
         enable_gqa: allow H to be a multiple of H_kv.
-        hidden_keys: bool ``(B, H, n)``, True for keys that no row sees; None for none.
+        key_bias: ``(B, H, n)``, added to the logits of a key, exactly; -inf hides it. None for 0.
         max_features: the most features that are taken.
 
     Returns:
@@ -119,7 +119,7 @@ def lowrank_attention(
         rank=rank,
         scale=scale,
         enable_gqa=enable_gqa,
-        hidden_keys=hidden_keys,
+        key_bias=key_bias,
         max_features=max_features,
     ).output
 
@@ -135,7 +135,7 @@ def lowrank_attention_stats(
     rank: int | None = None,
     scale: float | None = None,
     enable_gqa: bool = False,
-    hidden_keys: Tensor | None = None,
+    key_bias: Tensor | None = None,
     max_features: int = MAX_FEATURES,
 ) -> LowRankStats:
     """Return `lowrank_attention` with its log-sum-exp, degree, rank and error bound.
@@ -160,14 +160,7 @@ def lowrank_attention_stats(
         raise InputError(f"mask is of {mask.n} tokens but query of {n}")
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         check_finite(name, tensor)
-    if hidden_keys is not None and (
-        not isinstance(hidden_keys, Tensor)
-        or hidden_keys.dtype != torch.bool
-        or hidden_keys.shape != (batch, heads, n)
-    ):
-        raise InputError(
-            f"hidden_keys is {describe(hidden_keys)}; a bool tensor {(batch, heads, n)} is wanted"
-        )
+    _check_key_bias(key_bias, q)
     check_positive_int("max_features", max_features, "a number of features")
     work = compute_dtype(q.dtype)
     with torch.autocast(q.device.type, enabled=False):
@@ -176,19 +169,15 @@ def lowrank_attention_stats(
         key, value = (tensor.to(work).index_select(1, group) for tensor in (k, v))
         query, key, choice = _chosen(query, key, degree, tolerance, rank, max_features)
         visible = (mask.visible_keys() > 0).to(q.device).expand(batch, heads, n)
-        if hidden_keys is not None:
-            shown = (~hidden_keys).to(work)
-            seen = lowrank_product(
-                torch.ones_like(shown).view(-1, n, 1),
-                torch.ones_like(shown).view(-1, n, 1),
-                shown.view(-1, n, 1),
-                mask,
-            )
-            visible = (seen > 0.5).view(batch, heads, n)
-            value = value * shown[..., None]
-        ones = value.new_ones((*value.shape[:-1], 1))
-        ones = ones if hidden_keys is None else shown[..., None]
-        sums = _weighted_sums(query, key, torch.cat([value, ones], dim=-1), mask, choice.degree)
+        weights = value.new_ones((batch, heads, n, 1))
+        most = value.new_zeros((batch, heads, 1))
+        if key_bias is not None:
+            bias = key_bias.to(work)
+            most = bias.detach().amax(-1, keepdim=True).nan_to_num(neginf=0.0)
+            weights = (bias - most).exp()[..., None]
+            visible = _sees_any(bias > -torch.inf, mask)
+        x = torch.cat([value * weights, weights], dim=-1)
+        sums = _weighted_sums(query, key, x, mask, choice.degree)
         total = sums[..., -1]
         wrong = visible & ~(total > 0)
         if bool(wrong.any()):
@@ -200,9 +189,28 @@ def lowrank_attention_stats(
             )
         safe = total.masked_fill(~visible, 1.0)
         output = (sums[..., :-1] / safe[..., None]).masked_fill(~visible[..., None], 0.0)
-        lse = safe.log().masked_fill(~visible, -torch.inf)
+        lse = (safe.log() + most).masked_fill(~visible, -torch.inf)
     features = feature_count(choice.rank, choice.degree)
     return LowRankStats(output.to(q.dtype), lse, choice.degree, choice.rank, features, choice.error)
+
+
+def _check_key_bias(bias: object, query: Tensor) -> None:
+    """Check what is added to the logits of keys."""
+    if bias is None:
+        return
+    if not isinstance(bias, Tensor) or not bias.is_floating_point() or bias.shape != query.shape[:3]:
+        raise InputError(
+            f"key_bias is {describe(bias)}; a floating-point tensor {tuple(query.shape[:3])} is wanted"
+        )
+    if bool((bias.isnan() | (bias == torch.inf)).any()):
+        raise InputError("key_bias holds NaN or +Inf; numbers, or -inf for hidden keys, are wanted")
+
+
+def _sees_any(shown: Tensor, mask: Mask) -> Tensor:
+    """Return which rows see a key that is shown, both ``(B, H, n)``."""
+    numbers = shown.float().flatten(0, 1)[..., None]
+    ones = torch.ones_like(numbers)
+    return (mask.product(ones, ones, numbers, False) > 0.5).view(shown.shape)
 
 
 def _chosen(

@@ -118,8 +118,9 @@ def sparse_attention_stats(
         >>> import torch
         >>> from convbasis.lowrank import sparse_attention_stats
         >>> q = k = v = torch.ones(1, 1, 3, 2)
-        >>> sparse_attention_stats(q, k, v, torch.tensor([[-1, -1], [0, -1], [0, 2]])).output[0, 0, :, 0]
-        tensor([0., 1., 1.])
+        >>> lists = torch.tensor([[-1, -1], [0, -1], [0, 2]])
+        >>> sparse_attention_stats(q, k, v, lists).lse[0, 0]
+        tensor([  -inf, 1.4142, 2.1074])
     """
     check_qkv(query, key, value, enable_gqa)
     batch, heads, n, d = query.shape
