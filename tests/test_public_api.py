@@ -76,7 +76,7 @@ def test_arguments_are_pinned():
         "enable_gqa", "seed",
     ]  # fmt: skip
     assert names(cb.lowrank_attention) == [
-        "q", "k", "v", "mask", "degree", "tolerance", "rank", "scale", "enable_gqa", "hidden_keys",
+        "q", "k", "v", "mask", "degree", "tolerance", "rank", "scale", "enable_gqa", "key_bias",
         "max_features",
     ]  # fmt: skip
     assert names(cb.masked_lowrank_matmul) == ["u1", "u2", "x", "mask"]
@@ -234,7 +234,7 @@ MAY_IMPORT = {
         "basis", "checks", "convolve", "dispatch", "errors", "logits", "recover", "transforms",
     },
     "workers": set(),
-    "hybrid": {"attention", "checks", "errors", "transforms", "workers"},
+    "hybrid": {"attention", "checks", "errors", "lowrank", "transforms", "workers"},
     "lowrank": {"checks", "convolve", "errors", "transforms"},
     "plan": {"checks", "errors", "hybrid", "storage", "strict_json"},
     "nn": {"attention", "checks", "dispatch", "errors"},
