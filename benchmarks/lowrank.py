@@ -239,7 +239,8 @@ def degree(options: argparse.Namespace) -> None:
             }
             rows.append(row)
             print(
-                f"| {largest} | {order} | {found.features:,} | {weight:.1e} | {row['weight_bound']:.1e} | "
+                f"| {largest} | {order} | {found.features:,} | {weight:.1e} | "
+                f"{row['weight_bound']:.1e} | "
                 f"{row['row']:.1e} | {row['row_bound']:.1e} |",
                 flush=True,
             )
@@ -329,9 +330,7 @@ def heads(options: argparse.Namespace) -> None:
             errors[name] += off[0].tolist()
     count = len(errors["dropped"])
     print(f"n = {n:,}, window 128, 4 sinks, 32 columns, {count} heads of {len(layers)} layers\n")
-    print(
-        "| far field | mean error | median | heads better than dropped | seconds |\n|---|---|---|---|---|"
-    )
+    print("| far field | mean error | median | better than dropped | seconds |\n|---|---|---|---|---|")
     rows = []
     for name, own in errors.items():
         better = sum(x < y for x, y in zip(own, errors["dropped"], strict=True))

@@ -101,7 +101,7 @@ def lowrank_attention(
         states of chunks. The backward pass makes the features anew.
 
     Source:
-        Section 4 of docs/mathematics.md; Conv-Basis (arXiv 2405.05219), section 6.
+        "Masked low rank" of docs/mathematics.md; Conv-Basis (arXiv 2405.05219), section 6.
 
     Example:
         >>> import torch, convbasis as cb

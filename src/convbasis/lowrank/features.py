@@ -125,7 +125,8 @@ def polynomial_features(x: Tensor, degree: int) -> Tensor:
         O(n C(d + G, G) G) time.
 
     Source:
-        Section 4 of docs/mathematics.md: the polynomial method (Alman & Song; Conv-Basis, section 6).
+        "Masked low rank" of docs/mathematics.md: the polynomial method (Alman & Song; Conv-Basis,
+        section 6).
 
     Example:
         >>> import torch

@@ -51,7 +51,8 @@ class IntervalMask(Mask):
         parts of chunks; no prefix sums are subtracted, which would lose digits in float32.
 
     Source:
-        "Continuous row" of Conv-Basis (arXiv 2405.05219), section 6; section 4 of docs/mathematics.md.
+        "Continuous row" of Conv-Basis (arXiv 2405.05219), section 6; "Masked low rank" of
+        docs/mathematics.md.
 
     Example:
         >>> from convbasis.lowrank import IntervalMask

@@ -36,7 +36,7 @@ def masked_lowrank_matmul(u1: Tensor, u2: Tensor, x: Tensor, mask: Mask) -> Tens
         never n r c numbers.
 
     Source:
-        Section 4 of docs/mathematics.md; Conv-Basis (arXiv 2405.05219), section 6.
+        "Masked low rank" of docs/mathematics.md; Conv-Basis (arXiv 2405.05219), section 6.
 
     Example:
         >>> import torch, convbasis as cb

@@ -39,7 +39,7 @@ def lowrank_toeplitz_matmul(u1: Tensor, u2: Tensor, kernel: Tensor, x: Tensor) -
         columns each; taken some at a time, in memory of the inputs and 2^23 numbers.
 
     Source:
-        Section 4 of docs/mathematics.md: the sum over p of diag(u1_p) conv(kernel) diag(u2_p).
+        "Masked low rank" of docs/mathematics.md: the sum over p of diag(u1_p) conv(kernel) diag(u2_p).
 
     Example:
         >>> import torch

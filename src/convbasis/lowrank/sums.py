@@ -51,7 +51,7 @@ def merge_parts(parts: Sequence[tuple[Tensor, Tensor]]) -> Part:
         InputError: no part, or shapes that differ.
 
     Source:
-        B2 and B3 of docs/mathematics.md: ``output = sum of exp(lse_p - lse) output_p``.
+        "Near and far keys" of docs/mathematics.md: ``output = sum of exp(lse_p - lse) output_p``.
 
     Example:
         >>> import torch
