@@ -13,6 +13,7 @@ benchmarks/results/lowrank-COMMAND.json, except with --quick, whose sizes prove 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import math
 import multiprocessing
@@ -135,11 +136,12 @@ def worst_row(mask: Mask, u1: Tensor, u2: Tensor, x: Tensor, found: Tensor) -> f
 
 
 def added_peak(name: str, n: int) -> float:
-    """Return the bytes by which a product raises the peak memory of a fresh process; Linux only."""
+    """Return the bytes by which a product raises the peak memory of this process; Linux only."""
     torch.set_num_threads(1)
     mask = MASKS[name](n)
     u1, u2, x = (torch.rand(n, c) for c in (RANK, RANK, COLUMNS))
     cb.masked_lowrank_matmul(u1[:1024], u2[:1024], x[:1024], CausalMask(1024))
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier calls left would hide what this one needs
     Path("/proc/self/clear_refs").write_text("5")
     fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
     before = int(fields["VmRSS"].split()[0])

@@ -74,7 +74,7 @@ def conv_attention(
     output = torch.nn.functional.pad(far.output[0], before)
     lse = torch.nn.functional.pad(far.lse[0], before[2:], value=-torch.inf)
     with torch.no_grad():
-        rows = row_factors(query, key, seen, window, scale, sampled, targets, lse)
+        rows = _row_factors(query, key, seen, window, scale, sampled, targets, lse)
         nothing = torch.nn.functional.pad((~seen[:, :count]).cumsum(-1), before[2:]) == 0
     return output, (lse + rows).masked_fill(nothing, -torch.inf)
 
@@ -124,7 +124,7 @@ def _by_bin(weights: Tensor, bins: Tensor) -> Tensor:
     return flat.new_zeros((len(flat), _LAG_BINS)).index_add_(1, bins.flatten(), flat)
 
 
-def row_factors(
+def _row_factors(
     query: Tensor,
     key: Tensor,
     seen: Tensor,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..lowrank import IntervalMask, lowrank_attention_stats
 from .sampling import SampledRows
-from .scaled_conv import row_factors
+from .scaled_conv import _row_factors
 from .window import Window
 
 _DEGREE, _RANK = 2, 8  # 45 features; more coordinates made nothing better
@@ -62,7 +62,7 @@ def lowrank_far_attention(
     )
     output, lse = found.output[0], found.lse[0]
     with torch.no_grad():
-        factors = row_factors(query, key, seen, window, scale, sampled, targets, lse)
+        factors = _row_factors(query, key, seen, window, scale, sampled, targets, lse)
     return output, (lse + factors).masked_fill(lse == -torch.inf, -torch.inf)
 
 

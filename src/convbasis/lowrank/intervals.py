@@ -77,6 +77,7 @@ class IntervalMask(Mask):
             )
         self.lower = torch.where(filled, low, 0)
         self.upper = torch.where(filled, high, -1)
+        self._ranges: dict[torch.device, Ranges] = {}
 
     @property
     def is_causal(self) -> bool:
@@ -96,16 +97,14 @@ class IntervalMask(Mask):
     def _sees_all_before(self) -> bool:
         return bool((self.lower == 0).all()) and bool((self.upper == torch.arange(self.n)).all())
 
-    @cached_property
-    def _ranges(self) -> Ranges:
-        return Ranges(self.lower, self.upper, self.n)
-
     def product(self, left: Tensor, right: Tensor, x: Tensor, transpose: bool) -> Tensor:
         """Return the masked product, see `Mask.product`."""
         if self._sees_all_before:
             return prefix_product(left, right, x, transpose)
-        multiply = self._ranges.transposed if transpose else self._ranges.product
-        return multiply(left, right, x)
+        if x.device not in self._ranges:
+            self._ranges[x.device] = Ranges(self.lower.to(x.device), self.upper.to(x.device), self.n)
+        ranges = self._ranges[x.device]
+        return ranges.transposed(left, right, x) if transpose else ranges.product(left, right, x)
 
     def _intersection(self, other: Mask) -> Mask | None:
         if not isinstance(other, IntervalMask):

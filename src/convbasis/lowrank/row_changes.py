@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -65,6 +64,7 @@ class RowChangeMask(Mask):
     def _keep(self, keys: Tensor, first: Tensor, last: Tensor) -> None:
         """Keep runs: each key with the first and the last row that sees it."""
         self.keys, self.first, self.last = keys, first, last
+        self._ranges: dict[torch.device, Ranges] = {}
 
     @classmethod
     def _of_runs(cls, n: int, keys: Tensor, first: Tensor, last: Tensor) -> RowChangeMask:
@@ -88,17 +88,16 @@ class RowChangeMask(Mask):
         change.index_add_(0, self.first, one).index_add_(0, self.last + 1, -one)
         return change.cumsum(0)[: self.n]
 
-    @cached_property
-    def _ranges(self) -> Ranges:
-        return Ranges(self.first, self.last, self.n)
-
     def product(self, left: Tensor, right: Tensor, x: Tensor, transpose: bool) -> Tensor:
         """Return the masked product, see `Mask.product`."""
         keys = self.keys.to(x.device)
+        if x.device not in self._ranges:
+            self._ranges[x.device] = Ranges(self.first.to(x.device), self.last.to(x.device), self.n)
+        ranges = self._ranges[x.device]
         if not transpose:
             own = (tensor.index_select(1, keys) for tensor in (right, x))
-            return self._ranges.transposed(left, *own)
-        found = self._ranges.product(left.index_select(1, keys), right, x)
+            return ranges.transposed(left, *own)
+        found = ranges.product(left.index_select(1, keys), right, x)
         return torch.zeros_like(x).index_add_(1, keys, found)
 
     def _intersection(self, other: Mask) -> Mask | None:
