@@ -4,6 +4,7 @@ import pytest
 import torch
 from comparison import assert_close
 from lowrank_masks import KINDS, random_changes
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import convbasis as cb
 from convbasis.errors import ConvBasisError
@@ -182,3 +183,30 @@ def test_bad_input_is_refused(change, words):
     }
     with pytest.raises(cb.InputError, match=words):
         cb.masked_lowrank_matmul(**(given | change))
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers in a tensor that any operation makes."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (list, tuple)) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.numbers = max(self.numbers, tensor.untyped_storage().nbytes() // 4)
+        return result
+
+
+@pytest.mark.parametrize("name", ["causal", "intervals", "changes", "rows"])
+def test_memory_is_that_of_the_factors(name):
+    """Neither n·n nor n·r·c numbers, forwards and backwards, where states would take the most."""
+    n, r, c = 3200, 64, 64
+    mask = KINDS[name](n)[0]
+    factors = [torch.randn(n, columns, requires_grad=True) for columns in (r, r, c)]
+    mask.product(*(x.detach()[None] for x in factors), False)  # what is made once is no matter
+    with Largest() as largest:
+        cb.masked_lowrank_matmul(*factors, mask).sum().backward()
+    changes = len(mask.keys) if name == "changes" else n
+    assert n * c <= largest.numbers <= max(4 * max(n, changes) * c, 2**21 + 2**18)
+    assert largest.numbers < min(n * r * c, n * n) / 4
