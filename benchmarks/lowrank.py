@@ -49,6 +49,8 @@ RANK, COLUMNS = 64, 65  # 64 values, and ones for the normaliser
 WINDOW = 1024
 DENSE_UP_TO = 16_384  # a mask of n x n numbers beyond does not fit
 CAUSAL_UP_TO = 65_536
+DEFAULT_SIZES = [256, 1024, *(2**p for p in range(13, 20))]  # below 1,024 it loses
+GROWTH_FROM = 8192
 
 
 def intervals(n: int) -> Mask:
@@ -140,7 +142,8 @@ def added_peak(name: str, n: int) -> float:
     torch.set_num_threads(1)
     mask = MASKS[name](n)
     u1, u2, x = (torch.rand(n, c) for c in (RANK, RANK, COLUMNS))
-    cb.masked_lowrank_matmul(u1[:1024], u2[:1024], x[:1024], CausalMask(1024))
+    few = min(n, 1024)
+    cb.masked_lowrank_matmul(u1[:few], u2[:few], x[:few], CausalMask(few))
     ctypes.CDLL(None).malloc_trim(0)  # what earlier calls left would hide what this one needs
     Path("/proc/self/clear_refs").write_text("5")
     fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
@@ -152,7 +155,7 @@ def added_peak(name: str, n: int) -> float:
 
 @torch.no_grad()
 def masks(options: argparse.Namespace) -> None:
-    sizes = options.sizes or ([2048, 4096, 8192] if options.quick else [2**p for p in range(13, 20)])
+    sizes = options.sizes or ([2048, 4096, 8192] if options.quick else DEFAULT_SIZES)
     repeats = 1 if options.quick else options.repeats
     rows = []
     pool = multiprocessing.get_context("spawn").Pool(1)
@@ -204,10 +207,13 @@ def masks(options: argparse.Namespace) -> None:
             rows.append(row)
     pool.close()
     growth = {}
-    for name in options.masks:
-        own = [row for row in rows if row["mask"] == name]
-        growth[name] = exponent([row["n"] for row in own], [row["seconds"] for row in own])
-        print(f"{name}: time grows as n^{growth[name]:.3f} from {sizes[0]:,} to {sizes[-1]:,}")
+    large = [n for n in sizes if n >= GROWTH_FROM]
+    if len(large) < 2:
+        large = sizes
+    for name in options.masks if len(large) > 1 else ():
+        own = [row["seconds"] for row in rows if row["mask"] == name and row["n"] in large]
+        growth[name] = exponent(large, own)
+        print(f"{name}: time grows as n^{growth[name]:.3f} from {large[0]:,} to {large[-1]:,}")
     save(options, {"rank": RANK, "columns": COLUMNS, "rows": rows, "exponents": growth})
 
 

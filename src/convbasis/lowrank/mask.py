@@ -61,9 +61,9 @@ class Mask(ABC):
             )
         return found
 
+    @abstractmethod
     def _intersection(self, other: Mask) -> Mask | None:
         """Return the mask of what both see, None where this class knows of none."""
-        return None
 
     def __repr__(self) -> str:
         """Show the class and the number of tokens."""
