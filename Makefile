@@ -57,6 +57,10 @@ bench: $(VENV)/.installed ## every benchmark; long
 	$(BIN)/python benchmarks/pretrained.py passkey
 	$(BIN)/python benchmarks/pretrained.py long
 	$(BIN)/python benchmarks/far_fields.py --lengths 4096 --texts prose
+	$(BIN)/python benchmarks/lowrank.py masks
+	$(BIN)/python benchmarks/lowrank.py degree
+	$(BIN)/python benchmarks/lowrank.py conv
+	$(BIN)/python benchmarks/lowrank.py heads
 
 # torch first and by itself, so that no other package's range chooses its build. The model package comes
 # without its dependencies, which would compile a runtime that is not needed to read the weights.

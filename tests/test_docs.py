@@ -184,7 +184,7 @@ def test_scripts_and_their_options_exist(page, words):
     text = place.read_text()
     for option in (word.split("=")[0] for word in words[2:] if word.startswith("--")):
         assert f'"{option}"' in text, option
-    if place.name in ("engine.py", "pretrained.py", "train.py") and len(words) > 2:
+    if place.name in ("engine.py", "lowrank.py", "pretrained.py", "train.py") and len(words) > 2:
         assert re.search(rf'"{words[2]}"|^def {words[2]}\(', text, re.MULTILINE), words[2]
 
 
@@ -264,7 +264,7 @@ def test_the_site_shows_code_and_references(site):
     )
     import convbasis
 
-    for public in set(convbasis.__all__) - {"nn"}:
+    for public in set(convbasis.__all__) - {"lowrank", "nn"}:
         # A function that shares its name with its module is shown by its whole path.
         assert re.search(rf'id="convbasis\.(?:{public}\.)?{public}"', shown), public
     assert "SearchOptions" not in shown  # of such a module, not the rest

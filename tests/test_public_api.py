@@ -41,6 +41,9 @@ def test_public_names_are_pinned():
         "hybrid_attention",
         "hybrid_attention_stats",
         "last_dispatch",
+        "lowrank",
+        "lowrank_attention",
+        "masked_lowrank_matmul",
         "nn",
         "plan_report",
         "planted_qk",
@@ -72,6 +75,11 @@ def test_arguments_are_pinned():
         "window", "sinks", "columns", "blocks", "far_field", "num_segments", "samples", "scale",
         "enable_gqa", "seed",
     ]  # fmt: skip
+    assert names(cb.lowrank_attention) == [
+        "q", "k", "v", "mask", "degree", "tolerance", "rank", "scale", "enable_gqa", "key_bias",
+        "max_features",
+    ]  # fmt: skip
+    assert names(cb.masked_lowrank_matmul) == ["u1", "u2", "x", "mask"]
     assert names(cb.causal_toeplitz_matmul) == ["kernel", "x"]
     assert names(cb.decompose) == ["H", "tol"]
     assert names(cb.recover) == [
@@ -111,7 +119,8 @@ def test_errors_form_one_family():
 def test_every_public_function_has_a_full_docstring():
     functions = (cb.conv_basis_attention, cb.conv_basis_attention_stats, cb.decompose, cb.recover)
     trained = (cb.attention_loss_and_gradient, cb.nn.segment_starts, cb.hybrid_attention)
-    for function in (*functions, *trained, cb.planted_qk, cb.causal_toeplitz_matmul):
+    others = (cb.planted_qk, cb.causal_toeplitz_matmul, cb.masked_lowrank_matmul, cb.lowrank_attention)
+    for function in (*functions, *trained, *others):
         text = inspect.getdoc(function)
         for part in ("Args", "Returns:", "Source:", "Example:", ">>>"):
             assert part in text, f"{function.__name__} lacks {part}"
@@ -225,7 +234,8 @@ MAY_IMPORT = {
         "basis", "checks", "convolve", "dispatch", "errors", "logits", "recover", "transforms",
     },
     "workers": set(),
-    "hybrid": {"attention", "checks", "errors", "transforms", "workers"},
+    "hybrid": {"attention", "checks", "errors", "lowrank", "transforms", "workers"},
+    "lowrank": {"checks", "convolve", "errors", "transforms"},
     "plan": {"checks", "errors", "hybrid", "storage", "strict_json"},
     "nn": {"attention", "checks", "dispatch", "errors"},
     "integrations": {"checks", "decompose", "errors", "hybrid", "plan", "storage"},

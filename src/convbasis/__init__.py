@@ -1,6 +1,6 @@
 """convbasis: causal attention and lower-triangular matrices in the conv basis."""
 
-from . import nn
+from . import lowrank, nn
 from .attention import (
     AttentionStats,
     LossAndGradient,
@@ -22,6 +22,7 @@ from .errors import (
 from .hybrid import HybridDispatch, HybridState, HybridStats, hybrid_attention, hybrid_attention_stats
 from .integrations.calibrate import calibrate
 from .integrations.planned import PlanReport, apply_plan, plan_report, remove_plan
+from .lowrank import lowrank_attention, masked_lowrank_matmul
 from .plan import Plan
 from .planted import PlantedQK, planted_qk
 from .recover import recover
@@ -56,6 +57,9 @@ __all__ = [
     "hybrid_attention",
     "hybrid_attention_stats",
     "last_dispatch",
+    "lowrank",
+    "lowrank_attention",
+    "masked_lowrank_matmul",
     "nn",
     "plan_report",
     "planted_qk",

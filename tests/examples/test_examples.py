@@ -130,3 +130,12 @@ def test_pretrained_plan_calibrates(run, monkeypatch, smollm2, tmp_path):
     assert "calibrated at 64 tokens" in out
     assert "greedy tokens alike: the first" in out
     assert (tmp_path / "plan.json").exists()
+
+
+def test_relative_attention(run):
+    out = run("relative_attention", "--points", 900, "--period", 12, "--steps", 60)
+    names = ("the last value", "one season ago", "attention, bias 0", "attention, bias learned")
+    last, season, unlearned, learned = (number(rf"{name}: +(\S+)", out) for name in names)
+    assert 0.25 < learned < 0.95 * min(last, season, unlearned)
+    assert "strongest lags: 11, 23, 35" in out
+    assert number(r"of 900 values: (\S+)", out) < 1e-9

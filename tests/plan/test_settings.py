@@ -76,6 +76,10 @@ class TestHeadSetting:
                 {"far_field": "conv", "blocks": 2},
                 "far_field='conv' with blocks=2: a convolution cannot",
             ),
+            (
+                {"far_field": "lowrank", "blocks": 2},
+                "far_field='lowrank' with blocks=2: low rank cannot",
+            ),
             ({"key_weights": 1}, "key_weights=1 is not True or False"),
             ({"correction": "yes"}, "correction='yes' is not True or False"),
             ({"far_field": "mean"}, "far_field='mean' is not known; use one of 'none'"),

@@ -59,8 +59,9 @@ def hybrid_attention(
             mean over a head, in which those that need more get up to four times as many. With
             strict=True for each block of 64 queries, and to each as many.
         far_field: the keys that are left: ``"none"``, dropped; ``"segments"``, seen as means of
-            segments; ``"conv"``, seen through one convolution between row and column factors,
-            which cannot leave out what blocks see, so that blocks must be 0.
+            segments; ``"conv"``, seen through one convolution between row and column factors;
+            ``"lowrank"``, seen through a polynomial of their logits against their mean, between
+            such factors. The last two cannot leave out what blocks see, so that blocks must be 0.
         num_segments: at most that many segments, of whole blocks.
         key_weights: weigh the keys of a segment, and the segments, by what sampled rows look at.
         samples: rows of exact attention for columns and fits; the estimate takes twice as many others.
@@ -70,8 +71,9 @@ def hybrid_attention(
         key_padding_mask: bool ``(B, n)``, True for a real token. Positions are counted in real tokens:
             each sequence gives what it gives without its padding. Rows at padding are 0.
         seed: of all samples; the same input gives the same output.
-        strict: choose for each query from earlier tokens alone, see below; without ``"conv"`` and
-            key_weights and correction, and with ``samples / 8`` sampled rows for each 512 tokens.
+        strict: choose for each query from earlier tokens alone, see below; without ``"conv"``,
+            ``"lowrank"``, key_weights and correction, and with ``samples / 8`` sampled rows for each
+            512 tokens.
         correction: compute four rows of each 128 exactly, and add their mean difference, interpolated,
             to the rows between them.
 

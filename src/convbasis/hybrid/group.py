@@ -15,6 +15,7 @@ from .piece import merge
 from .rows import exact_rows
 from .sampling import SampledRows, mass_before, sampled_rows, spread_rows
 from .scaled_conv import conv_attention
+from .scaled_lowrank import lowrank_far_attention
 from .segments import segment_keys
 from .selection import block_keys, heaviest, heavy_blocks, seen_columns
 from .settings import Settings
@@ -89,6 +90,11 @@ def attend_group(
             output, lse, *conv_attention(query, key, value, seen, window, scale, sampled)
         )
         parts.append("conv")
+    if settings.far_field == "lowrank" and sampled is not None:
+        seen = seen_columns(columns, n, n)
+        far = lowrank_far_attention(query, key, value, seen, window, scale, sampled)
+        output, lse = merge(output, lse, *far)
+        parts.append("lowrank")
     mean, bound = no_estimate(query)
     if settings.correction:
         output, more_rows = corrected(query, key, value, output, begin, scale, settings.seed)
@@ -272,7 +278,7 @@ def _fitted(
     """Return what fits are made from: exact rows, if a fit needs them, the weights of keys before the
     windows ``(R, n)`` in the same rows, if columns need them, and the number of those rows.
     """
-    whole = settings.key_weights or settings.far_field == "conv"
+    whole = settings.key_weights or settings.far_field in ("conv", "lowrank")
     if not (whole or settings.columns):
         return None, query.new_zeros((len(query), 0)), 0
     rows = _rows(begin, key.shape[1], settings.samples, settings.seed, 0).to(query.device)

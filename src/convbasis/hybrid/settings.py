@@ -8,7 +8,7 @@ from ..checks import check_nonnegative_int, check_positive_int, describe
 from ..errors import InputError
 from .window import BLOCK, QUERIES
 
-FAR_FIELDS = ("none", "segments", "conv")
+FAR_FIELDS = ("none", "segments", "conv", "lowrank")
 _SEEDS = 1 << 62  # what a generator takes, twice
 
 
@@ -68,6 +68,12 @@ def check_settings(settings: Settings) -> None:
         raise InputError(
             "far_field='conv' with strict=True: its factors are fitted to rows of the whole prompt, "
             "and its transforms mix them; use far_field='segments' or 'none'"
+        )
+    if settings.far_field == "lowrank" and (settings.blocks or settings.strict):
+        raise InputError(
+            f"far_field='lowrank' with blocks={settings.blocks} and strict={settings.strict}: it "
+            "cannot leave out keys that a block of queries has chosen, and its factors are fitted to "
+            "rows of the whole prompt; use far_field='segments', or blocks=0 and strict=False"
         )
     if settings.strict and settings.key_weights:
         raise InputError(

@@ -84,5 +84,5 @@ class ChunkedLayer:
 
 def _strictly(sizes: ConcreteSetting) -> ConcreteSetting:
     """Return what a setting computes where later tokens are unknown."""
-    far = "none" if sizes.far_field == "conv" else sizes.far_field
+    far = "none" if sizes.far_field in ("conv", "lowrank") else sizes.far_field
     return sizes._replace(far_field=far, key_weights=False, correction=False)

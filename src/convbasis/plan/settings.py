@@ -23,7 +23,8 @@ class ConcreteSetting(NamedTuple):
     blocks: int
     """Heaviest key blocks of each query block."""
     far_field: str
-    """What stands for all other keys: ``"none"``, ``"segments"`` or ``"conv"``."""
+    """What stands for all other keys: ``"none"``, ``"segments"``, ``"conv"`` or
+            ``"lowrank"``."""
     key_weights: bool
     """Whether the keys of a segment are weighed by what sampled rows look at."""
     correction: bool = False
@@ -77,7 +78,8 @@ class HeadSetting:
         sinks: first tokens that every query sees.
         columns: heaviest single keys, found by sampled rows.
         blocks: heaviest key blocks of each query block.
-        far_field: what stands for all other keys: ``"none"`` (nothing), ``"segments"`` or ``"conv"``.
+        far_field: what stands for all other keys: ``"none"`` (nothing), ``"segments"``, ``"conv"`` or
+            ``"lowrank"``.
         key_weights: weigh the keys of a segment by what sampled rows look at.
         correction: correct every row by the mean difference in exact rows near it.
 
@@ -116,6 +118,11 @@ class HeadSetting:
             raise InputError(
                 f"far_field='conv' with blocks={self.blocks}: a convolution cannot leave out what "
                 "blocks see; give blocks=0"
+            )
+        if self.far_field == "lowrank" and self.blocks != 0:
+            raise InputError(
+                f"far_field='lowrank' with blocks={self.blocks}: low rank cannot leave out what blocks "
+                "see; give blocks=0"
             )
 
     def at(self, n: int) -> ConcreteSetting:

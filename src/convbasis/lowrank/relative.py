@@ -1,0 +1,239 @@
+"""Low rank times conv: weights that are a kernel of features times a function of the lag."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import check_alike, check_finite, check_float_tensor, compute_dtype
+from ..convolve import DEFAULT_MAX_BYTES, fft_kernel_gradient, segment_product
+from ..errors import ConvBasisError, InputError
+from ..transforms import final, no_forward_mode, refuse_transforms
+
+_ENTRIES = 1 << 23  # numbers in the columns of convolutions at a time
+
+
+def lowrank_toeplitz_matmul(u1: Tensor, u2: Tensor, kernel: Tensor, x: Tensor) -> Tensor:
+    """Return ``((u1 u2^T)∘conv(kernel)) @ x``.
+
+    Row i is the sum of ``(u1_i·u2_j) kernel[i - j] x_j`` over j <= i.
+
+    Args:
+        u1: ``(..., n, r)``; float64, float32, bfloat16 or float16.
+        u2: ``(..., n, r)``, same dtype and device.
+        kernel: ``(n,)`` or ``(..., n)``, same dtype and device.
+        x: ``(..., n, c)``, same dtype and device. Batch dimensions broadcast.
+
+    Returns:
+        ``(..., n, c)``, dtype of x. Half types are computed in float32. Differentiable once with
+        respect to all four; the gradients are such products, and a correlation for the kernel.
+
+    Raises:
+        InputError: (a ValueError) shapes, dtypes or devices that do not fit; NaN or Inf.
+
+    Complexity:
+        O(n r c log n) time: r products with conv(kernel), one for each column of u1 and u2, of c
+        columns each; taken some at a time, in memory of the inputs and 2^23 numbers.
+
+    Source:
+        "Masked low rank" of docs/mathematics.md: the sum over p of diag(u1_p) conv(kernel) diag(u2_p).
+
+    Example:
+        >>> import torch
+        >>> from convbasis.lowrank import lowrank_toeplitz_matmul
+        >>> ones = torch.ones(3, 1)
+        >>> lowrank_toeplitz_matmul(2 * ones, ones, torch.tensor([1.0, 0.5, 0.0]), ones)[:, 0]
+        tensor([2., 3., 3.])
+    """
+    refuse_transforms("lowrank_toeplitz_matmul", "masked_lowrank_matmul or causal_toeplitz_matmul")
+    given = {"u1": u1, "u2": u2, "kernel": kernel, "x": x}
+    for name, tensor in given.items():
+        check_float_tensor(name, tensor)
+    check_alike(**given)
+    if min(u1.ndim, u2.ndim, x.ndim) < 2 or kernel.ndim < 1:
+        raise InputError(_shapes(u1, u2, kernel, x))
+    n, c = x.shape[-2:]
+    if u1.shape[-2:] != u2.shape[-2:] or u1.shape[-2] != n or kernel.shape[-1] != n:
+        raise InputError(_shapes(u1, u2, kernel, x))
+    try:
+        batch = torch.broadcast_shapes(u1.shape[:-2], u2.shape[:-2], kernel.shape[:-1], x.shape[:-2])
+    except RuntimeError:
+        raise InputError(f"batch dimensions do not broadcast: {_shapes(u1, u2, kernel, x)}") from None
+    for name, tensor in given.items():
+        check_finite(name, tensor)
+    if 0 in batch or n == 0 or c == 0 or u1.shape[-1] == 0:
+        return x.new_zeros((*batch, n, c))
+    with torch.autocast(x.device.type, enabled=False):
+        left, right, values = (
+            tensor.to(compute_dtype(x.dtype)).expand(*batch, -1, -1).reshape(-1, *tensor.shape[-2:])
+            for tensor in (u1, u2, x)
+        )
+        kernels = kernel.to(values.dtype).expand(*batch, n).reshape(-1, n)
+        product: Tensor = _ToeplitzProduct.apply(left, right, kernels, values)
+    return product.reshape(*batch, n, c).to(x.dtype)
+
+
+def relative_attention(u1: Tensor, u2: Tensor, value: Tensor, lag_bias: Tensor) -> Tensor:
+    """Return causal kernelised attention with a bias by relative position.
+
+    Query i looks at key j <= i with weight ``(u1_i·u2_j) exp(lag_bias[i - j])``, normalised to sum 1.
+
+    Args:
+        u1: ``(..., n, r)`` features of the queries, as from `polynomial_features` or of your own;
+            products with those of keys must be positive.
+        u2: ``(..., n, r)`` features of the keys.
+        value: ``(..., n, d_v)``.
+        lag_bias: ``(n,)`` or ``(..., n)``, added to the logarithm of the weights, by lag.
+
+    Returns:
+        ``(..., n, d_v)``, dtype of the value; differentiable once with respect to all four.
+
+    Raises:
+        InputError: as `lowrank_toeplitz_matmul`.
+        ConvBasisError: a normaliser is not positive.
+
+    Complexity: O(n r d_v log n) time.
+
+    Example:
+        >>> import torch
+        >>> from convbasis.lowrank import polynomial_features, relative_attention
+        >>> u1, u2 = (polynomial_features(0.1 * torch.randn(50, 4), 2) for _ in range(2))
+        >>> relative_attention(u1, u2, torch.ones(50, 1), -torch.arange(50.0) / 9)[7]
+        tensor([1.])
+    """
+    check_float_tensor("value", value)
+    check_float_tensor("lag_bias", lag_bias)
+    if value.ndim < 2 or lag_bias.ndim < 1:
+        raise InputError(
+            f"value has shape {tuple(value.shape)} and lag_bias {tuple(lag_bias.shape)}; "
+            "(..., n, d_v) and (..., n) are wanted"
+        )
+    check_finite("lag_bias", lag_bias)
+    # What all lags have in common cancels.
+    kernel = (lag_bias - lag_bias.detach().amax(-1, keepdim=True)).exp()
+    sums = lowrank_toeplitz_matmul(u1, u2, kernel, torch.nn.functional.pad(value, (0, 1), value=1.0))
+    total = sums[..., -1:]
+    if bool((total <= 0).any()):
+        row = (total[..., 0] <= 0).nonzero()[0].tolist()
+        raise ConvBasisError(
+            f"the normaliser of row {row} is {float(total[(*row, 0)]):.3g}: products of features must "
+            "be positive, and the bias must not leave a row without weight in this dtype"
+        )
+    return sums[..., :-1] / total
+
+
+def rotary_features(u: Tensor, *, base: float = 10_000.0) -> Tensor:
+    """Return features rotated by their position, so that products depend on the lag too.
+
+    Feature pairs (p, p + r/2) turn by ``i · base^(-2p/r)`` at token i, as rotary positions do. Then
+    ``rotary(u1)_i · rotary(u2)_j`` is the sum over pairs of ``cos(w_p (i - j))`` times the pair's inner
+    product and ``sin(w_p (i - j))`` times its cross product: low rank times conv with kernels that are
+    low rank themselves, so that no transform is needed, only `masked_lowrank_matmul`.
+
+    Args:
+        u: ``(..., n, r)``, r even.
+        base: the slowest pair turns about once in 2 pi base tokens.
+
+    Returns:
+        ``(..., n, r)``, dtype of u.
+
+    Raises:
+        InputError: an odd r, or no floating-point tensor.
+
+    Example:
+        >>> import torch
+        >>> from convbasis.lowrank import rotary_features
+        >>> rotary_features(torch.ones(2, 2))
+        tensor([[ 1.0000,  1.0000],
+                [-0.3012,  1.3818]])
+    """
+    check_float_tensor("u", u)
+    if u.ndim < 2 or u.shape[-1] % 2:
+        raise InputError(f"u has shape {tuple(u.shape)}; (..., n, r) with an even r is wanted")
+    n, r = u.shape[-2:]
+    half = r // 2
+    speeds = base ** (-torch.arange(half, dtype=torch.float64, device=u.device) / max(1, half))
+    angles = torch.arange(n, dtype=torch.float64, device=u.device)[:, None] * speeds
+    cos, sin = angles.cos().to(u.dtype), angles.sin().to(u.dtype)
+    first, second = u[..., :half], u[..., half:]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def _shapes(u1: Tensor, u2: Tensor, kernel: Tensor, x: Tensor) -> str:
+    return (
+        f"u1 has shape {tuple(u1.shape)}, u2 {tuple(u2.shape)}, kernel {tuple(kernel.shape)} and x "
+        f"{tuple(x.shape)}; u1 and u2 must be (..., n, r), kernel (..., n) and x (..., n, c) of one n"
+    )
+
+
+def _columns(left: Tensor, x: Tensor) -> Iterator[slice]:
+    """Yield slices of the r features whose columns are held at a time."""
+    r = left.shape[-1]
+    some = max(1, _ENTRIES // x.numel())
+    for low in range(0, r, some):
+        yield slice(low, min(r, low + some))
+
+
+def _spread(features: Tensor, x: Tensor) -> Tensor:
+    """Return each feature times each column, ``(P, 1, n, s·c)``."""
+    return (features[..., None] * x[:, :, None]).flatten(2)[:, None]
+
+
+def _multiply(left: Tensor, right: Tensor, kernels: Tensor, x: Tensor, transpose: bool) -> Tensor:
+    """Return the product with conv, or with its transpose in its place, ``(P, n, c)``."""
+    output = torch.zeros_like(x)
+    starts = torch.zeros((1, 1, 1), dtype=torch.int64, device=x.device)
+    for some in _columns(left, x):
+        columns = _spread(right[..., some], x)
+        found, _ = segment_product(kernels[:, None, None], starts, columns, transpose=transpose)
+        found = found[:, 0].unflatten(-1, (-1, x.shape[-1]))
+        output += torch.einsum("pns,pnsc->pnc", left[..., some], found)
+    return output
+
+
+class _ToeplitzProduct(torch.autograd.Function):
+    """The product; its backward pass makes the columns anew."""
+
+    @staticmethod
+    def forward(ctx: Any, left: Tensor, right: Tensor, kernels: Tensor, x: Tensor) -> Tensor:
+        """Multiply."""
+        ctx.save_for_backward(left, right, kernels, x)
+        return _multiply(left, right, kernels, x, False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        """Put the gradient in the place of each factor in turn, and correlate for the kernel."""
+        left, right, kernels, x = ctx.saved_tensors
+        gradient = grads[0].contiguous()
+        found: list[Tensor | None] = [None] * 4
+        with torch.no_grad():
+            if ctx.needs_input_grad[0]:
+                found[0] = _multiply(gradient, x, kernels, right, False)
+            if ctx.needs_input_grad[1]:
+                found[1] = _multiply(x, gradient, kernels, left, True)
+            if ctx.needs_input_grad[2]:
+                starts = torch.zeros((1, 1, 1), dtype=torch.int64, device=x.device)
+                total = torch.zeros_like(kernels, dtype=torch.float64)
+                for some in _columns(left, x):
+                    inner, outer = _spread(right[..., some], x), _spread(left[..., some], gradient)
+                    total += fft_kernel_gradient(
+                        starts, inner.double(), outer.double(), 1, DEFAULT_MAX_BYTES
+                    )[:, 0, 0]
+                found[2] = total.to(kernels.dtype)
+            if ctx.needs_input_grad[3]:
+                found[3] = _multiply(right, left, kernels, gradient, True)
+        if torch.is_grad_enabled():  # somebody may want to differentiate once more
+            sources = (gradient, left, right, kernels, x)
+            found = [
+                None if one is None else final("lowrank_toeplitz_matmul", one, *sources)
+                for one in found
+            ]
+        return tuple(found)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        """Refuse."""
+        raise no_forward_mode("lowrank_toeplitz_matmul")

@@ -1,0 +1,180 @@
+"""lowrank_attention against exact attention under the same mask, and against its own polynomial."""
+
+import math
+
+import pytest
+import torch
+from comparison import assert_close
+from lowrank_masks import KINDS
+
+import convbasis as cb
+from convbasis.lowrank import CausalMask, SlidingWindowMask, lowrank_attention_stats
+from convbasis.lowrank import attention as module
+
+
+def dense(q, k, v, mask, weigh=torch.exp, scale=None):
+    """Return output and log-sum-exp in float64; rows that see nothing give 0 and -inf."""
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    k, v = (x.double().repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    weights = weigh(q.double() @ k.mT * factor) * mask
+    total = weights.sum(-1, keepdim=True)
+    output = torch.where(total > 0, weights @ v / total.clamp(min=1e-300), 0.0)
+    return output, total[..., 0].log()
+
+
+def taylor(degree):
+    return lambda x: sum(x**g / math.factorial(g) for g in range(degree + 1))
+
+
+def draw(batch, heads, n, d, d_v, dtype=torch.float64, kv_heads=None, size=0.5):
+    q = size * torch.randn(batch, heads, n, d, dtype=dtype)
+    k = torch.randn(batch, kv_heads or heads, n, d, dtype=dtype)
+    return q, k, torch.randn(batch, kv_heads or heads, n, d_v, dtype=dtype)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_it_is_the_polynomial_under_every_mask(name):
+    mask, visible = KINDS[name](83)
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
+        q, k, v = draw(2, 4, 83, 5, 3, dtype, kv_heads=2)
+        found = lowrank_attention_stats(q, k, v, mask, degree=4, enable_gqa=True)
+        output, lse = dense(q, k, v, visible, taylor(4))
+        scale = torch.ones(found.output.shape[:-1])  # rows of averages of numbers near 1
+        assert_close(output, found.output, whole=tolerance, row=tolerance, row_scale=scale)
+        assert torch.equal(found.lse == -math.inf, lse == -math.inf)
+        seen = lse > -math.inf
+        assert torch.allclose(found.lse[seen].double(), lse[seen], atol=tolerance)
+        assert (found.degree, found.rank, found.features) == (4, 5, 126)
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_the_tolerance_is_kept(seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def number(low, high):
+        return low * (high / low) ** float(torch.rand((), generator=generator))
+
+    n, d = int(number(2, 120)), int(number(1, 12.99))
+    tolerance = number(1e-4, 0.3)
+    q, k, v = torch.randn(3, 1, 2, n, d, generator=generator).unbind()
+    logits = (q @ k.mT * d**-0.5).abs().max()
+    q = q / logits * number(0.02, 0.6)
+    if seed % 4 == 0:  # values that do not average out
+        v = v.sign() * q[..., :1].sign() + 3.0
+    name = list(KINDS)[seed % len(KINDS)]
+    mask, visible = KINDS[name](n)
+    found = lowrank_attention_stats(q, k, v, mask, tolerance=tolerance, max_features=20_000)
+    assert found.error_bound <= tolerance
+    exact, _ = dense(q, k, v, visible)
+    off = (found.output.double() - exact).norm(dim=-1).max()
+    assert off <= tolerance * v.norm(dim=-1).max()
+
+
+def test_large_logits_are_refused_with_the_reason():
+    q, k, v = draw(1, 1, 50, 64, 4, size=3.0)
+    with pytest.raises(cb.InputError, match=r"logits may be as large as .*degree \d+ and .* features"):
+        cb.lowrank_attention(q, k, v, CausalMask(50))
+    with pytest.raises(cb.InputError, match="no degree below 400 is enough"):
+        cb.lowrank_attention(100 * q, k, v, CausalMask(50))
+    with pytest.raises(cb.InputError, match=r"degree=2 keeps the error below inf, not tolerance=0\.1"):
+        cb.lowrank_attention(q, k, v, CausalMask(50), degree=2, tolerance=0.1)
+    with pytest.raises(cb.InputError, match="degree=4 in 64 dimensions has 814,385 features"):
+        cb.lowrank_attention(q, k, v, CausalMask(50), degree=4)
+    with pytest.raises(cb.InputError, match=r"for tolerance 0\.01 in 2 dimensions"):
+        cb.lowrank_attention(0.01 * q, k, v, CausalMask(50), rank=2)
+
+
+def test_a_smaller_tolerance_takes_more_features():
+    q, k, v = draw(1, 1, 60, 6, 4, size=0.05)
+    features = [
+        lowrank_attention_stats(q, k, v, CausalMask(60), tolerance=t).features
+        for t in (0.3, 1e-2, 1e-5)
+    ]
+    assert features == sorted(set(features))
+
+
+def test_few_coordinates_are_enough_where_logits_have_low_rank():
+    q, k, v = draw(1, 2, 100, 32, 4)
+    q[..., 2:] *= 1e-4
+    found = lowrank_attention_stats(0.3 * q, k, v, CausalMask(100), tolerance=1e-2)
+    assert found.rank <= 3
+    exact, _ = dense(0.3 * q, k, v, CausalMask(100).to_dense())
+    assert float((found.output - exact).norm(dim=-1).max() / v.norm(dim=-1).max()) <= found.error_bound
+    fixed = lowrank_attention_stats(0.3 * q, k, v, CausalMask(100), degree=2, rank=2)
+    assert (fixed.rank, fixed.degree, fixed.features) == (2, 2, 6)
+
+
+def test_scale_and_key_bias():
+    q, k, v = draw(2, 2, 40, 3, 4)
+    mask = SlidingWindowMask(40, 7)
+    hidden = torch.rand(2, 2, 40) > 0.6
+    hidden[0, 0, :12] = True  # the first rows see nothing
+    bias = torch.randn(2, 2, 40, dtype=torch.float64).masked_fill(hidden, -math.inf) + 50
+    found = lowrank_attention_stats(q, k, v, mask, degree=6, scale=-0.2, key_bias=bias)
+    output, lse = dense(q, k, v, mask.to_dense() * bias.exp()[..., None, :], taylor(6), -0.2)
+    assert_close(output, found.output, whole=1e-10, row=1e-8)
+    assert torch.equal(found.lse == -math.inf, lse == -math.inf)
+    assert torch.allclose(found.lse, lse)
+    assert (found.output[0, 0, :12] == 0).all()
+
+
+@pytest.mark.parametrize("together", [256, 7])
+def test_gradients(together, monkeypatch):
+    monkeypatch.setattr(module, "_TOGETHER", together)
+    q, k, v = (x.requires_grad_() for x in draw(1, 2, 7, 2, 2, size=0.2))
+    mask = KINDS["groups"](7)[0]
+    assert torch.autograd.gradcheck(lambda *x: cb.lowrank_attention(*x, mask, degree=4), (q, k, v))
+    # Chosen coordinates are constants: within the bound this is the gradient of exact attention.
+    found = torch.autograd.grad(cb.lowrank_attention(q, k, v, mask, tolerance=1e-7).sum(), (q, k, v))
+    exact = torch.autograd.grad(dense(q, k, v, mask.to_dense())[0].sum(), (q, k, v))
+    for expected, actual in zip(exact, found, strict=True):
+        assert torch.allclose(expected, actual, atol=1e-6)
+
+
+def test_earlier_rows_do_not_see_later_tokens():
+    q, k, v = draw(1, 1, 200, 4, 3, torch.float32)
+    before = cb.lowrank_attention(q, k, v, CausalMask(200), degree=2)
+    for tensor in (q, k, v):
+        tensor[..., 150:, :] *= 20
+    after = cb.lowrank_attention(q, k, v, CausalMask(200), degree=2)
+    assert torch.equal(before[..., :150, :], after[..., :150, :])
+    assert not torch.equal(before[..., 150:, :], after[..., 150:, :])
+
+
+def test_half_types():
+    q, k, v = draw(1, 1, 30, 4, 3, torch.float32)
+    half = [x.bfloat16() for x in (q, k, v)]
+    found = cb.lowrank_attention(*half, CausalMask(30), degree=2)
+    assert found.dtype == torch.bfloat16
+    full = cb.lowrank_attention(q, k, v, CausalMask(30), degree=2)
+    assert torch.allclose(found.float(), full, atol=0.05)
+
+
+def test_a_normaliser_that_is_not_positive_is_told():
+    q = torch.tensor([[[[-3.0], [1.0]]]])
+    k = v = torch.ones(1, 1, 2, 1)
+    with pytest.raises(cb.ConvBasisError, match=r"the normaliser of row \[0, 0, 0\] is -2"):
+        cb.lowrank_attention(q, k, v, CausalMask(2), degree=1, scale=1.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"mask": torch.ones(5, 5)}, "one of convbasis.lowrank is wanted"),
+        ({"mask": CausalMask(6)}, "mask is of 6 tokens but query of 5"),
+        ({"tolerance": 0.0}, "tolerance=0.0 is not a number of"),
+        ({"tolerance": 1e-9}, "the rounding of torch.float32"),
+        ({"tolerance": 1.0}, "tolerance=1.0 is not"),
+        ({"rank": 4}, "rank=4 is more than the 3 dimensions"),
+        ({"rank": 0}, "rank=0 is not a positive integer"),
+        ({"degree": -2}, "degree=-2 is not an integer >= 0"),
+        ({"max_features": 0}, "max_features=0 is not a positive integer"),
+        ({"key_bias": torch.ones(5)}, "key_bias is a torch.float32 tensor"),
+        ({"key_bias": torch.full((1, 1, 5), torch.inf)}, "key_bias holds NaN or"),
+        ({"v": torch.full((1, 1, 5, 2), torch.inf)}, "v holds 10 NaN or Inf"),
+    ],
+)
+def test_bad_input_is_refused(change, words):
+    given = {"q": torch.ones(1, 1, 5, 3), "k": torch.ones(1, 1, 5, 3), "v": torch.ones(1, 1, 5, 2)}
+    with pytest.raises(cb.InputError, match=words):
+        cb.lowrank_attention(**({**given, "mask": CausalMask(5)} | change))
