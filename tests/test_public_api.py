@@ -226,6 +226,7 @@ MAY_IMPORT = {
     },
     "hybrid": {"attention", "checks", "errors", "transforms"},
     "plan": {"checks", "errors", "hybrid", "storage", "strict_json"},
+    "distributed": {"attention", "checks", "dispatch", "errors", "hybrid", "plan"},
     "nn": {"attention", "checks", "dispatch", "errors"},
     "integrations": {"checks", "decompose", "errors", "hybrid", "plan", "storage"},
     "report": {"checks", "errors", "storage", "strict_json"},

@@ -1,0 +1,69 @@
+"""Several processes for one test: all checks of a number of ranks run in one launch.
+
+They are forked from a server that has imported everything once. What a rank returns, or its error,
+comes back as JSON.
+"""
+
+import json
+import multiprocessing
+import os
+import tempfile
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["torch.distributed.tensor", "convbasis.distributed", "tiny_models"])
+
+
+def launch(ranks, function, *arguments, wait=120, killed=()):
+    """Run function(rank, *arguments) in so many processes of one group; return what each returned.
+
+    Ranks that are killed on purpose return nothing.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        started = [
+            _CONTEXT.Process(target=_run, args=(rank, ranks, folder, function, arguments))
+            for rank in range(ranks)
+        ]
+        for process in started:
+            process.start()
+        for process in started:
+            process.join(wait)
+        late = [rank for rank, process in enumerate(started) if process.is_alive()]
+        for process in started:
+            process.kill()
+        assert not late, f"ranks {late} still ran after {wait} s"
+        found = []
+        for rank in range(ranks):
+            place = Path(folder) / f"{rank}.json"
+            if rank in killed:
+                found.append(None)
+                continue
+            assert place.is_file(), f"rank {rank} left nothing"
+            told = json.loads(place.read_text())
+            assert "error" not in told, told["error"]
+            found.append(told["returned"])
+        return found
+
+
+def _run(rank, ranks, folder, function, arguments):
+    torch.set_num_threads(1)
+    os.environ["CONVBASIS_RATES"] = str(Path(tempfile.gettempdir()) / "convbasis-no-rates.json")
+    place = Path(folder) / f"{rank}.json"
+    try:
+        torch.distributed.init_process_group(
+            "gloo",
+            init_method=f"file://{folder}/store",
+            rank=rank,
+            world_size=ranks,
+            timeout=timedelta(seconds=60),
+        )
+        told = {"returned": function(rank, *arguments)}
+        place.write_text(json.dumps(told))
+        torch.distributed.destroy_process_group()
+    except BaseException:
+        place.write_text(json.dumps({"error": f"rank {rank}: {traceback.format_exc()}"}))
+        os._exit(1)
