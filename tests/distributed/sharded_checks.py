@@ -48,6 +48,7 @@ def compare(rank, lengths, single, sharded, tensors, dims, everywhere=(), limit=
     output = sharded(*mine)
     output.backward(own(up, lengths, rank))
     near = {"whole": limit, "row": limit}
+    expected = expected.detach()
     pairs = [(own(expected, lengths, rank), output.detach(), expected)]
     for index, dim in enumerate(dims):
         if whole[index].grad is not None:
@@ -157,7 +158,47 @@ def half_types(rank, ranks):
     assert torch.equal(found, own(want, lengths, rank))
 
 
-CHECKS = (conv_basis, biases_and_padding, documents, half_types)
+def hybrid(rank, ranks):
+    mesh = mesh_of(ranks)
+    cases = [
+        # heads, kv_heads, n, split, options
+        (4, 2, 401, "even", {"window": 32, "columns": 8}),
+        (2, 1, 301, "uneven", {"window": 170, "columns": 5, "sinks": 2}),  # halos of several ranks
+        (1, 1, 260, "empty", {"window": 40, "columns": 0}),
+        (2, 2, 100, "even", {"window": 200}),
+        (3, 3, 500, "even", {"window": 64, "columns": 4, "blocks": 1}),
+        (1, 1, 450, "even", {"window": 64, "columns": 4, "far_field": "segments", "num_segments": 4}),
+        (2, 1, 250, "even", {"window": 32, "columns": 4, "layout": "columns"}),
+    ]
+    for heads, kv_heads, n, kind, options in cases:
+        lengths = split(n, ranks, kind)
+        one = {name: x for name, x in options.items() if name != "layout"}
+        compare(
+            rank,
+            lengths,
+            lambda *x, one=one: cb.hybrid_attention(*x, enable_gqa=True, **one),
+            lambda *x, options=options: distributed.hybrid_attention(
+                *x, mesh=mesh, enable_gqa=True, **options
+            ),
+            inputs(2, heads, kv_heads, n, 16, 8),
+            (2, 2, 2),
+        )
+
+
+def hybrid_with_padding(rank, ranks):
+    mesh = mesh_of(ranks)
+    lengths = split(300, ranks)
+    q, k, v = inputs(2, 2, 2, 300, 8, 8)
+    real = torch.ones(2, 300, dtype=torch.bool)
+    real[0, :60] = real[1, 250:] = False
+    want = cb.hybrid_attention(q, k, v, window=40, key_padding_mask=real)
+    mask = own(real, lengths, rank, 1)
+    mine = (own(x, lengths, rank) for x in (q, k, v))
+    found = distributed.hybrid_attention(*mine, mesh=mesh, window=40, key_padding_mask=mask)
+    assert_close(own(want, lengths, rank), found, whole=1e-5, row=1e-5)
+
+
+CHECKS = (conv_basis, biases_and_padding, documents, half_types, hybrid, hybrid_with_padding)
 
 
 def everything(rank, ranks):

@@ -2,5 +2,6 @@
 
 from ..errors import DistributedError
 from .attention import conv_basis_attention
+from .hybrid import hybrid_attention
 
-__all__ = ["DistributedError", "conv_basis_attention"]
+__all__ = ["DistributedError", "conv_basis_attention", "hybrid_attention"]

@@ -18,7 +18,7 @@ from ..errors import InputError
 from .call import Tokens, begin, told
 from .first_keys import first_real_keys, gather_tokens, segment_logits_of, unit_keys
 from .ranks import ranks_of
-from .shares import Piece, Sizes, check_layout, shares
+from .shares import Piece, Sizes, check_layout, for_heads, shares
 from .tensors import unwrap
 from .transport import Part, Roads, spread
 
@@ -282,12 +282,3 @@ def _parts(piece: Piece, by_segment: bool, tensors: Sequence[Tensor]) -> list[Pa
     values = len(heads) - 1
     parts[values] = (values, piece.kv_heads, piece.columns)
     return parts
-
-
-def for_heads(piece: Piece, sharing: int, tensor: Tensor) -> Tensor:
-    """Return keys or values ``(B, H_kv, n, ·)`` of a piece so that all its heads share them alike."""
-    low, high = piece.heads.start, piece.heads.stop
-    if tensor.shape[1] == 1 or (low % sharing == 0 and high % sharing == 0):
-        return tensor
-    index = torch.arange(low, high, device=tensor.device) // sharing - piece.kv_heads.start
-    return tensor.index_select(1, index)

@@ -60,7 +60,7 @@ def post_mortem(group: Any, seconds: float, message: str) -> DistributedError:
     if missing:
         names = ", ".join(f"rank {rank}" for rank in missing)
         return DistributedError(
-            f"{names} did not take part in a collective and left no note for {seconds:g} seconds "
+            f"{names} took no part in a collective and left no note in {seconds:g} s "
             f"after it failed: the process has died or hangs ({_short(message)})"
         )
     return DistributedError(

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 from ..checks import describe
 from ..errors import InputError
 
@@ -70,3 +73,12 @@ def shares(layout: str, sizes: Sizes, ranks: int) -> list[list[Piece]]:
             low = (last - 1) * width + stop
         found.append(pieces)
     return found
+
+
+def for_heads(piece: Piece, sharing: int, tensor: Tensor) -> Tensor:
+    """Return keys or values ``(B, H_kv, n, ·)`` of a piece so that all its heads share them alike."""
+    low, high = piece.heads.start, piece.heads.stop
+    if tensor.shape[1] == 1 or (low % sharing == 0 and high % sharing == 0):
+        return tensor
+    index = torch.arange(low, high, device=tensor.device) // sharing - piece.kv_heads.start
+    return tensor.index_select(1, index)

@@ -39,14 +39,14 @@ class Roads(NamedTuple):
         blocks = [[tensors[i][:, h, :, c] for i, h, c in parts] for parts in self.wanted]
         own = self.wanted[self.ranks.rank]
         shapes = [[(batch, _count(h), length, _count(c)) for _, h, c in own] for length in self.lengths]
-        return _joined(_exchange(self.ranks, blocks, shapes, tensors[0]))
+        return _joined(exchange(self.ranks, blocks, shapes, tensors[0]))
 
     def from_shares(self, grads: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return the gradients of this rank's tokens, from those of the parts that it wanted."""
         batch = tensors[0].shape[0]
         length = self.lengths[self.ranks.rank]
         shapes = [[(batch, _count(h), length, _count(c)) for _, h, c in w] for w in self.wanted]
-        arrived = _exchange(self.ranks, _by_rank(grads, self.lengths), shapes, tensors[0])
+        arrived = exchange(self.ranks, _by_rank(grads, self.lengths), shapes, tensors[0])
         sums = [torch.zeros_like(tensor) for tensor in tensors]
         for parts, blocks in zip(self.wanted, arrived, strict=True):
             for (i, h, c), block in zip(parts, blocks, strict=True):
@@ -60,7 +60,7 @@ class Roads(NamedTuple):
             [(batch, _count(p.heads), length, _count(p.columns)) for p in pieces]
             for pieces in self.pieces
         ]
-        arrived = _exchange(self.ranks, _by_rank(outputs, self.lengths), shapes, like)
+        arrived = exchange(self.ranks, _by_rank(outputs, self.lengths), shapes, like)
         output = like.new_empty((batch, self.heads, length, self.width))
         for pieces, blocks in zip(self.pieces, arrived, strict=True):
             for piece, block in zip(pieces, blocks, strict=True):
@@ -76,7 +76,7 @@ class Roads(NamedTuple):
             [(batch, _count(p.heads), length, _count(p.columns)) for p in own]
             for length in self.lengths
         ]
-        return _joined(_exchange(self.ranks, blocks, shapes, grad))
+        return _joined(exchange(self.ranks, blocks, shapes, grad))
 
 
 def spread(
@@ -153,7 +153,7 @@ class noted:
             leave_note(self._ranks.group, f"{type(error).__name__}: {error}")
 
 
-def _exchange(
+def exchange(
     ranks: Ranks,
     blocks: Sequence[Sequence[Tensor]],
     shapes: Sequence[Sequence[tuple[int, ...]]],
