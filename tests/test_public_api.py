@@ -227,8 +227,8 @@ MAY_IMPORT = {
     "hybrid": {"attention", "checks", "errors", "transforms"},
     "plan": {"checks", "errors", "hybrid", "storage", "strict_json"},
     "distributed": {"attention", "checks", "dispatch", "errors", "hybrid", "plan"},
-    "nn": {"attention", "checks", "dispatch", "errors"},
-    "integrations": {"checks", "decompose", "errors", "hybrid", "plan", "storage"},
+    "nn": {"attention", "checks", "dispatch", "distributed", "errors"},
+    "integrations": {"checks", "decompose", "distributed", "errors", "hybrid", "plan", "storage"},
     "report": {"checks", "errors", "storage", "strict_json"},
     "cli": {
         "__version__", "attention", "basis", "checks", "convolve", "decompose", "dispatch", "errors",

@@ -34,7 +34,7 @@ def launch(ranks, function, *arguments, wait=120, killed=()):
             process.start()
         waiting = {process.sentinel: rank for rank, process in enumerate(started)}
         end = time.monotonic() + wait
-        while waiting and time.monotonic() < end:
+        while set(waiting.values()) - set(killed) and time.monotonic() < end:
             for sentinel in connection.wait(list(waiting), end - time.monotonic()):
                 rank = waiting.pop(sentinel)
                 started[rank].join()
@@ -43,9 +43,10 @@ def launch(ranks, function, *arguments, wait=120, killed=()):
         for place in Path(folder).glob("*.json"):
             told = json.loads(place.read_text())
             assert "error" not in told, told["error"]
-        late = [rank for rank, process in enumerate(started) if process.is_alive()]
+        late = [rank for rank in waiting.values() if rank not in killed]
         for process in started:
             process.kill()
+            process.join()
         assert not late, f"ranks {late} still ran after {wait} s"
         found = []
         for rank in range(ranks):

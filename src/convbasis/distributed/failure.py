@@ -51,8 +51,8 @@ def post_mortem(group: Any, seconds: float, message: str) -> DistributedError:
     except (RuntimeError, ValueError) as error:
         return DistributedError(
             f"a collective failed ({_short(message)}), and the store that would tell which rank is "
-            f"missing does not answer ({_short(str(error))}): the process that holds it has died, which "
-            "is rank 0 of all unless torchrun holds it"
+            f"missing does not answer ({_short(str(error))}): its process has died, which is rank 0 of "
+            "all unless torchrun holds the store"
         )
     told = [f"rank {rank} failed: {reason}" for rank, reason in reasons.items() if reason]
     if told:
