@@ -7,17 +7,30 @@ comes back as JSON.
 import json
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 import traceback
 from datetime import timedelta
-from multiprocessing import connection
+from multiprocessing import connection, forkserver
 from pathlib import Path
 
 import torch
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch.distributed.tensor", "convbasis.distributed", "tiny_models"])
+_CONTEXT.set_forkserver_preload(["sharded_checks", "model_checks", "failing_checks"])
+
+
+def _serve():
+    """Start the server, which looks for modules where this process does only if it is told so."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    try:
+        forkserver.ensure_running()
+    finally:
+        del os.environ["PYTHONPATH"]
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
 
 
 def launch(ranks, function, *arguments, wait=120, killed=()):
@@ -25,6 +38,7 @@ def launch(ranks, function, *arguments, wait=120, killed=()):
 
     Ranks that are killed on purpose return nothing.
     """
+    _serve()
     with tempfile.TemporaryDirectory() as folder:
         started = [
             _CONTEXT.Process(target=_run, args=(rank, ranks, folder, function, arguments))
