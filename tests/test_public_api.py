@@ -84,7 +84,9 @@ def test_arguments_are_pinned():
     assert cb.nn.__all__ == ["ConvBasisAttention", "ConvBasisCache", "segment_starts"]
     assert names(cb.planted_qk)[:5] == ["n", "d", "num_bases", "noise", "generator"]
     assert names(cb.ConvBasis) == ["segment_kernels", "starts"]
-    assert names(cb.apply_plan) == ["model", "plan", "min_length", "dynamic", "training", "chunked"]
+    assert names(cb.apply_plan) == [
+        "model", "plan", "min_length", "dynamic", "training", "chunked", "mesh", "timeout",
+    ]  # fmt: skip
     assert names(cb.calibrate) == [
         "model", "token_ids", "tolerance", "margin", "budget", "ladder", "checkpoint", "progress",
         "seed",

@@ -1,10 +1,11 @@
 """Checks that run in the ranks of one launch: layers, DTensors, FSDP2, tensor parallelism, plans."""
 
 import pytest
+import tiny_models
 import torch
 from comparison import assert_close
 from sharded_checks import inputs, mesh_of, own, split
-from tiny_models import LITTLE, build, plan_for
+from tiny_models import EVERYTHING, LITTLE, build, plan_for
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -170,7 +171,55 @@ def meshes(rank, ranks):
         )
 
 
-CHECKS = (layers, fsdp, tensor_parallel, dtensors, plans, meshes)
+def pretrained(rank, ranks):
+    """A transformers model, its prompt's tokens over ranks: by a plan, exactly, with a window."""
+    mesh, n = mesh_of(ranks), 131
+    lengths = split(n, ranks)
+    first = sum(lengths[:rank])
+    ids = tiny_models.ids(n, batch=2)
+    places = torch.arange(first, first + lengths[rank])[None]
+    mask = torch.ones(2, n, dtype=torch.int64)
+    mask[1, -20:] = 0
+    for family, setting, padding in (
+        ("llama", LITTLE, None),
+        ("llama", LITTLE, mask),
+        ("mistral", EVERYTHING, None),
+    ):
+        model = build(family)
+        plan = plan_for(model, setting, tolerance=0.3, exact_heads=(1,))
+        arguments = {} if padding is None else {"attention_mask": padding}
+        cb.apply_plan(model, plan)
+        with torch.no_grad():
+            want = model(input_ids=ids, use_cache=False, **arguments).logits
+        report = cb.plan_report(model)
+        cb.apply_plan(model, distributed.share_plan(plan, mesh), mesh=mesh, timeout=60)
+        if padding is not None:
+            arguments = {"attention_mask": own(padding, lengths, rank, 1)}
+        with torch.no_grad():
+            found = model(
+                input_ids=own(ids, lengths, rank, 1), position_ids=places, use_cache=False, **arguments
+            ).logits
+        want = own(want, lengths, rank, 1)
+        if padding is not None:
+            real = own(padding, lengths, rank, 1).bool()
+            want, found = want[real], found[real]
+        assert_close(want, found, whole=1e-5, row=1e-4)
+        assert cb.plan_report(model) == report
+    with pytest.raises(cb.InputError, match="attends to whole prompts alone"), torch.no_grad():
+        model(input_ids=ids[:, :2], past_key_values=filled(model), position_ids=places[:, :2])
+
+
+def filled(model):
+    from transformers import DynamicCache
+
+    cache, config = DynamicCache(), model.config
+    size = config.hidden_size // config.num_attention_heads
+    for layer in range(config.num_hidden_layers):
+        cache.update(*torch.zeros(2, 2, config.num_key_value_heads, 3, size), layer)
+    return cache
+
+
+CHECKS = (layers, fsdp, tensor_parallel, dtensors, plans, meshes, pretrained)
 
 
 def everything(rank, ranks):
