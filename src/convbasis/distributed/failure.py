@@ -24,6 +24,11 @@ def leave_note(group: Any, message: str) -> None:
     _store(group).set(_NOTE.format(dist.get_rank(group)), json.dumps({"message": message}))
 
 
+def forget_note(group: Any) -> None:
+    """Take away what this rank has left in an earlier attempt, where a launcher keeps its store."""
+    _store(group).delete_key(_NOTE.format(dist.get_rank(group)))
+
+
 def post_mortem(group: Any, seconds: float, message: str) -> DistributedError:
     """Return the error that names the ranks that are missing, or those that failed by themselves.
 

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..checks import check_nonnegative, describe
 from ..errors import DistributedError, InputError
-from .failure import post_mortem
+from .failure import forget_note, post_mortem
 
 # What part of the time limit a collective may take. The rest is for finding out whose fault it was.
 _SHARE = 0.5
@@ -35,6 +35,7 @@ class Traffic:
 
 TRAFFIC = Traffic()
 _broken: set[str] = set()
+_known: set[str] = set()
 
 
 class Ranks(NamedTuple):
@@ -106,4 +107,7 @@ def ranks_of(mesh: object, timeout: object) -> Ranks:
     rank = dist.get_rank(group)
     if rank < 0:
         raise InputError("this process is no rank of the mesh")
+    if group.group_name not in _known:
+        _known.add(group.group_name)
+        forget_note(group)
     return Ranks(group, rank, dist.get_world_size(group), limit)
