@@ -228,7 +228,7 @@ MAY_IMPORT = {
     },
     "hybrid": {"attention", "checks", "errors", "transforms"},
     "plan": {"checks", "errors", "hybrid", "storage", "strict_json"},
-    "distributed": {"attention", "checks", "dispatch", "errors", "hybrid", "plan"},
+    "distributed": {"attention", "checks", "convolve", "dispatch", "errors", "hybrid", "plan"},
     "nn": {"attention", "checks", "dispatch", "distributed", "errors"},
     "integrations": {"checks", "decompose", "distributed", "errors", "hybrid", "plan", "storage"},
     "report": {"checks", "errors", "storage", "strict_json"},
