@@ -31,14 +31,14 @@ def test_more_ranks_have_less_to_do():
     assert wide.sent_forward < many.sent_forward
 
 
-def test_a_ring_wins_on_short_sequences_and_loses_on_long_ones():
-    machine = Machine(1e14, 5e10)
-    for n, ring_wins in ((1 << 12, True), (1 << 24, False)):
-        ours = attention_load(n, 8, heads=32, head_dim=128, segments=64)
-        ring = ring_load(n, 8, heads=32, head_dim=128)
-        times = [machine.seconds(load, backward=True)[1] for load in (ring, ours)]
-        assert (ring.operations < ours.operations) == ring_wins
-        assert (times[0] <= times[1]) or not ring_wins
+@pytest.mark.parametrize(("n", "ring_wins"), [(1 << 12, True), (1 << 24, False)])
+def test_a_ring_wins_on_short_sequences_alone(n, ring_wins):
+    """Its work is quadratic, but of a kind that accelerators do many times faster."""
+    products, transforms = Machine(4e14, 5e10), Machine(5e12, 5e10)
+    ours = attention_load(n, 8, heads=32, head_dim=128, segments=64)
+    ring = ring_load(n, 8, heads=32, head_dim=128)
+    of_ring = products.seconds(ring, backward=True)[1]
+    assert (of_ring < transforms.seconds(ours, backward=True)[1]) == ring_wins
 
 
 def test_time_without_overlap_is_a_sum():
