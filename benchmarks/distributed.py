@@ -36,12 +36,13 @@ from convbasis.distributed.ranks import TRAFFIC
 
 ROOT = Path(__file__).parent.parent
 RANKS = (1, 2, 4)
-# heads, key-value heads, segments; hybrid attention where segments are 0.
+# heads, key-value heads, segments, what travels; hybrid attention where segments are 0.
 CASES = {
-    "heads, k = 16": (8, 8, 16),
-    "heads, GQA, k = 128": (8, 2, 128),
-    "columns, k = 16": (1, 1, 16),
-    "hybrid, window 256": (8, 2, 0),
+    "heads, k = 16": (8, 8, 16, "queries"),
+    "heads, k = 16, logits": (8, 8, 16, "logits"),
+    "heads, GQA, k = 128": (8, 2, 128, "queries"),
+    "columns, k = 16": (1, 1, 16, "logits"),
+    "hybrid, window 256": (8, 2, 0, ""),
 }
 D, WINDOW, COLUMNS = 64, 256, 64
 _SENT = 200  # place of tcpi_bytes_sent in the kernel's struct tcp_info; what was sent again follows
@@ -67,27 +68,28 @@ def sent_bytes(backend: str) -> int:
 
 
 def inputs(case: str, n: int, device: torch.device) -> list[torch.Tensor]:
-    heads, kv_heads, _ = CASES[case]
+    heads, kv_heads, *_ = CASES[case]
     generator = torch.Generator().manual_seed(0)
     shapes = [(1, own, n, D) for own in (heads, kv_heads, kv_heads)]
     return [torch.randn(shape, generator=generator).to(device) for shape in shapes]
 
 
 def attend(case: str, tensors: list[torch.Tensor], n: int, mesh=None) -> torch.Tensor:
-    segments = CASES[case][2]
+    *_, segments, exchange = CASES[case]
     more = {} if mesh is None else {"mesh": mesh}
     module = cb if mesh is None else distributed
     if segments:
+        more |= {"exchange": exchange} if more else {}
         length = -(-n // segments)
         return module.conv_basis_attention(*tensors, segment_length=length, enable_gqa=True, **more)
     return module.hybrid_attention(*tensors, window=WINDOW, columns=COLUMNS, enable_gqa=True, **more)
 
 
 def predicted(case: str, n: int, ranks: int):
-    heads, kv_heads, segments = CASES[case]
+    heads, kv_heads, segments, exchange = CASES[case]
     sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": D}
     if segments:
-        return attention_load(n, ranks, segments=segments, **sizes)
+        return attention_load(n, ranks, segments=segments, exchange=exchange, **sizes)
     return hybrid_load(n, ranks, window=WINDOW, columns=COLUMNS, **sizes)
 
 
@@ -134,6 +136,10 @@ def of_case(case: str, n: int, repeats: int, backend: str, device: torch.device)
         weights = torch.cos(torch.arange(want.numel(), device=device)).view(want.shape)
         (want * weights).sum().backward()
         alone.append(work_time(device) - begin)
+    # How far one process is from exact arithmetic.
+    exact = [x.detach().double().requires_grad_() for x in whole]
+    (attend(case, exact, n) * weights).sum().backward()
+    rounding = [worst_row(y.grad, x.grad, y.grad) for x, y in zip(whole, exact, strict=True)]
     mine = [x.detach().tensor_split(ranks, 2)[rank].clone().requires_grad_() for x in whole]
     own_weights = weights.tensor_split(ranks, 2)[rank]
     spent, sent = [], []
@@ -160,6 +166,7 @@ def of_case(case: str, n: int, repeats: int, backend: str, device: torch.device)
         "n": n,
         "output_error": largest(errors[0], device),
         "gradient_error": largest(max(errors[1:]), device),
+        "gradient_rounding": max(rounding),
         "sent_forward": largest(sent[-1][0], device),
         "predicted_forward": load.sent_forward,
         "sent_backward": largest(sent[-1][1], device),
@@ -264,9 +271,19 @@ def launched(options: argparse.Namespace) -> list[dict[str, object]]:
 
 
 def show(found: list[dict[str, object]]) -> None:
-    print("\n| case | ranks | worst row, output | gradients | sent, forward | of predicted "
-          "| sent, backward | of predicted | time of all ranks / of one process |")  # fmt: skip
-    print("|---|---|---|---|---|---|---|---|---|")
+    names = (
+        "case",
+        "ranks",
+        "worst row, output",
+        "gradients",
+        "those of one process against float64",
+        "sent, forward",
+        "of predicted",
+        "sent, backward",
+        "of predicted",
+        "time of all ranks / of one process",
+    )
+    print(f"\n| {' | '.join(names)} |\n{'|---' * len(names)}|")
     for case in CASES:
         for part in found:
             row = part["cases"][case]
@@ -276,6 +293,7 @@ def show(found: list[dict[str, object]]) -> None:
             ]
             print(
                 f"| {case} | {row['ranks']} | {row['output_error']:.0e} | {row['gradient_error']:.0e} "
+                f"| {row['gradient_rounding']:.0e} "
                 f"| {row['sent_forward'] / 1e6:.2f} MB | {shares[0]} "
                 f"| {row['sent_backward'] / 1e6:.2f} MB | {shares[1]} "
                 f"| {row['time_of_all_ranks'] / row['time_of_one_process']:.2f} |"
@@ -296,25 +314,26 @@ def check(found: list[dict[str, object]]) -> None:
     for part in found:
         for case, row in part["cases"].items():
             assert row["output_error"] < 1e-5, (case, row)
-            assert row["gradient_error"] < 1e-5, (case, row)
+            # Rows with small gradients differ as much as one process does from float64.
+            assert row["gradient_error"] < max(1e-5, 3 * row["gradient_rounding"]), (case, row)
             if CASES[case][2] and row["predicted_forward"]:
                 for way in ("forward", "backward"):
                     assert abs(row[f"sent_{way}"] / row[f"predicted_{way}"] - 1) < 0.1, (case, row)
 
 
 # Assumptions of the tables, for one GPU of a large cluster: operations a second in matrix products of
-# bfloat16, and in transforms of float32, which memory holds up; bytes a second to other machines.
-PRODUCTS, TRANSFORMS, NETWORK = 4e14, 5e12, 5e10
+# bfloat16, and in transforms of float32, which memory holds up.
+PRODUCTS, TRANSFORMS = 4e14, 5e12
 MODEL = {"heads": 32, "kv_heads": 8, "head_dim": 128}
 
 
-def predict() -> None:
+def predict(network: float) -> None:
     """Print what the model predicts for one layer, forward and backward."""
-    products, transforms = Machine(PRODUCTS, NETWORK), Machine(TRANSFORMS, NETWORK)
+    products, transforms = Machine(PRODUCTS, network), Machine(TRANSFORMS, network)
     print(
         f"one layer, {MODEL['heads']} heads, {MODEL['kv_heads']} key-value heads, d = 128, forward and "
         f"backward, exchanges hidden behind work; {PRODUCTS:.0e} and {TRANSFORMS:.0e} operations/s in "
-        f"products and transforms, {NETWORK:.0e} bytes/s\n"
+        f"products and transforms, {network:.0e} bytes/s\n"
     )
     print("| tokens | GPUs | layout | GB sent, k = 64 | s, k = 64 | s, k = 1,024 "
           "| s, hybrid of 4,096 keys | s, exact ring | fastest |")  # fmt: skip
@@ -347,10 +366,11 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=16_385)
     parser.add_argument("--long", type=int, default=524_288)
     parser.add_argument("--backend", choices=("gloo", "nccl"), default="gloo")
+    parser.add_argument("--network", type=float, default=5e10, help="bytes/s, of predictions")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/distributed.json")
     options = parser.parse_args()
     if options.what == "predict":
-        predict()
+        predict(options.network)
         return
     if options.backend == "nccl":
         dist.init_process_group("nccl")

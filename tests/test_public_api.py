@@ -20,6 +20,7 @@ def test_public_names_are_pinned():
         "ConvBasisError",
         "ConvBasisWarning",
         "Dispatch",
+        "DistributedError",
         "FileFormatError",
         "HybridDispatch",
         "HybridState",
@@ -107,6 +108,7 @@ def test_errors_form_one_family():
     assert issubclass(cb.InputError, ValueError)
     assert issubclass(cb.MissingPathError, (cb.ConvBasisError, FileNotFoundError))
     assert issubclass(cb.MissingExtraError, ImportError)
+    assert issubclass(cb.DistributedError, (cb.ConvBasisError, RuntimeError))
     assert issubclass(cb.ConvBasisWarning, UserWarning)
 
 

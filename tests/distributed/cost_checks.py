@@ -14,9 +14,17 @@ def sent(rank, ranks):
     """Return predicted and counted bytes of each case, forward and backward, of the busiest rank."""
     mesh, lengths = mesh_of(ranks), split(N, ranks)
     found = []
-    for heads, kv_heads, segments in ((4, 4, 8), (4, 2, 30), (1, 1, 8), (1, 1, 40), (6, 3, 8)):
-        load = attention_load(N, ranks, heads=heads, kv_heads=kv_heads, head_dim=D, segments=segments)
-        options = {"segment_length": -(-N // segments), "enable_gqa": True}
+    for heads, kv_heads, segments, exchange in (
+        (4, 4, 8, "auto"),
+        (4, 2, 8, "logits"),
+        (1, 1, 8, "auto"),
+        (1, 1, 40, "auto"),
+        (6, 3, 8, "logits"),
+    ):
+        sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": D, "segments": segments}
+        load = attention_load(N, ranks, **sizes, exchange=exchange)
+        length = -(-N // segments)
+        options = {"segment_length": length, "enable_gqa": True, "exchange": exchange}
         call = distributed.conv_basis_attention
         found.append(measured(rank, lengths, mesh, (heads, kv_heads), call, options, load))
     load = hybrid_load(N, ranks, heads=4, kv_heads=2, head_dim=D, window=100, columns=12)

@@ -165,6 +165,12 @@ def meshes(rank, ranks):
         distributed.hybrid_attention(*tensors, mesh=mesh_of(ranks), layout="tokens", blocks=1)
     with pytest.raises(cb.InputError, match="layout='rows' is not known"):
         distributed.conv_basis_attention(*tensors, mesh=mesh_of(ranks), layout="rows", segment_length=3)
+    for options, words in (
+        ({"exchange": "keys", "segment_length": 3}, "exchange='keys' is not known"),
+        ({"exchange": "logits", "num_bases": 3}, "exchange='logits' needs segment_length"),
+    ):
+        with pytest.raises(cb.InputError, match=words):
+            distributed.conv_basis_attention(*tensors, mesh=mesh_of(ranks), **options)
     with pytest.raises(cb.InputError, match="is_causal=False"):
         distributed.conv_basis_attention(
             *tensors, mesh=mesh_of(ranks), is_causal=False, segment_length=3

@@ -79,7 +79,8 @@ def conv_basis(rank, ranks):
     mesh = mesh_of(ranks)
     cases = [
         # batch, heads, kv_heads, n, d, d_v, split, options
-        (1, 4, 4, 333, 16, 16, "even", {"segment_length": 37}),  # logits instead of keys
+        (1, 4, 4, 333, 16, 16, "even", {"segment_length": 37}),
+        (2, 4, 2, 93, 8, 6, "uneven", {"segment_length": 7, "exchange": "logits"}),
         (2, 4, 2, 257, 8, 12, "uneven", {"segment_length": 16}),  # queries and keys
         (1, 1, 1, 301, 16, 8, "even", {"segment_length": 50}),  # one head: columns
         (2, 2, 1, 129, 4, 7, "empty", {"segment_length": 9, "gradient": "attention"}),
@@ -91,7 +92,7 @@ def conv_basis(rank, ranks):
     for batch, heads, kv_heads, n, d, d_v, kind, options in cases:
         tensors = inputs(batch, heads, kv_heads, n, d, d_v)
         lengths = split(n, ranks, kind)
-        one = {name: x for name, x in options.items() if name != "layout"}
+        one = {name: x for name, x in options.items() if name not in ("layout", "exchange")}
         compare(
             rank,
             lengths,
@@ -109,10 +110,10 @@ def biases_and_padding(rank, ranks):
     n, lengths = 201, split(201, ranks)
     real = torch.ones(2, n, dtype=torch.bool)
     real[0, :30] = real[1, 180:] = real[1, 90:95] = False
-    for kv_heads, length in ((2, 20), (4, 60)):
+    for kv_heads, length, exchange in ((2, 20, "queries"), (4, 60, "logits")):
         q, k, v = inputs(2, 4, kv_heads, n, 8, 6)
         by_key, by_lag = torch.randn(2, 4, n), torch.randn(4, n)
-        options = {"segment_length": length, "enable_gqa": True}
+        options = {"segment_length": length, "enable_gqa": True, "exchange": exchange}
         biased(rank, mesh, lengths, [q, k, v, by_key], by_lag, None, options)
         q[0, :, :30] = float("nan")  # never used
         biased(rank, mesh, lengths, [q, k, v, by_key], by_lag, real, options)
@@ -123,7 +124,8 @@ def biased(rank, mesh, lengths, tensors, by_lag, mask, options):
 
     def single(q, k, v, by_key, by_lag):
         more = {"key_bias": by_key, "lag_bias": by_lag, "key_padding_mask": mask}
-        return cb.conv_basis_attention(q, k, v, **more, **options)
+        one = {name: x for name, x in options.items() if name != "exchange"}
+        return cb.conv_basis_attention(q, k, v, **more, **one)
 
     def sharded(q, k, v, by_key, by_lag):
         more = {"key_bias": by_key, "lag_bias": by_lag, "key_padding_mask": own_mask}

@@ -34,9 +34,9 @@ def test_more_ranks_have_less_to_do():
 @pytest.mark.parametrize(("n", "ring_wins"), [(1 << 12, True), (1 << 24, False)])
 def test_a_ring_wins_on_short_sequences_alone(n, ring_wins):
     """Its work is quadratic, but of a kind that accelerators do many times faster."""
-    products, transforms = Machine(4e14, 5e10), Machine(5e12, 5e10)
-    ours = attention_load(n, 8, heads=32, head_dim=128, segments=64)
-    ring = ring_load(n, 8, heads=32, head_dim=128)
+    products, transforms = Machine(4e14, 5e11), Machine(5e12, 5e11)
+    ours = attention_load(n, 8, heads=32, kv_heads=8, head_dim=128, segments=64)
+    ring = ring_load(n, 8, heads=32, kv_heads=8, head_dim=128, itemsize=2)
     of_ring = products.seconds(ring, backward=True)[1]
     assert (of_ring < transforms.seconds(ours, backward=True)[1]) == ring_wins
 

@@ -18,7 +18,7 @@ from ..errors import InputError
 from .call import Tokens, begin, told
 from .first_keys import first_real_keys, gather_tokens, segment_logits_of, unit_keys
 from .ranks import ranks_of
-from .shares import Piece, Sizes, check_layout, for_heads, shares
+from .shares import Piece, Sizes, check_layout, for_heads, shares, whole_heads
 from .tensors import unwrap
 from .transport import Part, Roads, spread
 
@@ -49,6 +49,7 @@ def conv_basis_attention(
     backend: str = "auto",
     max_bytes: int | None = None,
     layout: str = "auto",
+    exchange: str = "auto",
     timeout: float = 300.0,
 ) -> Tensor:
     """Return `convbasis.conv_basis_attention` of a sequence whose tokens are spread over ranks.
@@ -85,6 +86,10 @@ def conv_basis_attention(
         max_bytes: as with one process.
         layout: ``"heads"``, whole heads for each rank; ``"columns"``, value columns; ``"auto"``, heads
             where there are as many as ranks. It changes how, never what is computed.
+        exchange: what travels beside the values: ``"queries"``, queries and keys; ``"logits"``, the
+            logits of each query with the first keys of all segments, for given segments and
+            ``gradient="forward"``; ``"auto"``, logits where columns are spread, queries are not of a
+            half type and k <= d, else queries. It changes how, never what is computed.
         timeout: seconds in which each exchange is over, or an error names the rank that is missing.
             A rank counts as missing when it comes later than half of that.
 
@@ -97,13 +102,14 @@ def conv_basis_attention(
             message names it.
 
     Accuracy:
-        That of one process. A rank's sums are those of one process, whatever the number of ranks.
+        That of one process, whatever the number of ranks. With whole heads and queries a rank computes
+        what one process does, to the last bit where it chooses the same backend; otherwise rounding
+        differs as it does between backends.
 
     Complexity:
         With W ranks, time and memory of one process for H / W heads. A rank sends (2 d + 2 d_v) n / W²
-        numbers of each head to each other rank; with k <= d given segments k + 2 d_v instead, since
-        logits by segment take the place of queries and keys. Where columns are spread, logits (or
-        queries and keys) go to all ranks of a head: k n or 2 d n numbers in each.
+        numbers of each head to each other rank, or (k + 2 d_v) n / W² with logits. Where columns are
+        spread, logits (or queries and keys) go to all ranks of a head: k n or 2 d n numbers in each.
 
     Source:
         All-to-all between tokens and heads: DeepSpeed-Ulysses (arXiv 2309.14509). Columns: F4, a
@@ -132,6 +138,7 @@ def conv_basis_attention(
         "backend": backend,
         "max_bytes": max_bytes,
         "layout": layout,
+        "exchange": exchange,
     }
     described = {name: told(value) for name, value in same.items()}
     tokens = begin(ranks, parts[0], parts[1], parts[2], key_padding_mask, enable_gqa, described)
@@ -161,6 +168,7 @@ def conv_basis_attention(
             backend=backend,
             max_bytes=max_bytes,
             layout=layout,
+            exchange=exchange,
         )
     output = output.to(parts[0].dtype if result is None else result)
     return kind.wrap(output, query.shape[1])
@@ -183,6 +191,7 @@ def _attend(
     backend: str,
     max_bytes: int | None,
     layout: str,
+    exchange: str,
 ) -> Tensor:
     """Run; the tensors are checked, the arguments are the same in all ranks."""
     batch, heads, _, d = query.shape
@@ -210,13 +219,13 @@ def _attend(
     else:
         given = check_segments(batch, heads, n, query.device, **segments, warn=False).starts
     real = tokens.gather_mask(mask)
-    by_segment = (
-        given is not None
-        and given.ndim == 1
-        and len(given) <= d
-        and gradient == "forward"
-        and query.dtype not in _HALF
-    )
+    sizes = Sizes(heads, key.shape[1], value.shape[-1])
+    pieces = shares(layout, sizes, tokens.ranks.size)
+    by_segment = _logits_travel(exchange, given, gradient)
+    if exchange == "auto":
+        spread_out = not whole_heads(layout, sizes, tokens.ranks.size)
+        few = given is not None and given.shape[-1] <= d
+        by_segment &= spread_out and few and query.dtype not in _HALF
     if by_segment:
         assert given is not None
         if mask is not None:
@@ -226,7 +235,6 @@ def _attend(
         logits = segment_logits_of(query, first, factor)
         tensors = [logits, value, *tensors[3:]]
         segments = {"starts": given}
-    pieces = shares(layout, Sizes(heads, key.shape[1], value.shape[-1]), tokens.ranks.size)
     roads = Roads(
         tokens.ranks,
         tokens.lengths,
@@ -270,6 +278,21 @@ def _attend(
         return outputs
 
     return spread(roads, local, tensors, [] if lag_bias is None else [lag_bias])
+
+
+def _logits_travel(exchange: object, given: Tensor | None, gradient: str) -> bool:
+    """Return whether logits can travel instead of queries and keys, as far as that is asked for."""
+    if exchange not in ("auto", "queries", "logits"):
+        raise InputError(
+            f"exchange={describe(exchange)} is not known; use 'auto', 'queries' or 'logits'"
+        )
+    can = given is not None and given.ndim == 1 and gradient == "forward"
+    if exchange == "logits" and not can:
+        raise InputError(
+            "exchange='logits' needs segment_length, or starts (k,) for all heads, no packed "
+            "documents, and gradient='forward'; use exchange='auto'"
+        )
+    return can and exchange != "queries"
 
 
 def _parts(piece: Piece, by_segment: bool, tensors: Sequence[Tensor]) -> list[Part]:

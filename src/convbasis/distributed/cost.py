@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from ..convolve.choice import Work, candidates, partitioned_amounts
-from .shares import Piece, Sizes, shares
+from .shares import Piece, Sizes, shares, whole_heads
 
 _TRANSFORM = 2.5  # operations of a real transform, for each entry and binary digit of its length
 _COMPLEX = 8.0  # of a complex multiplication and addition
@@ -68,6 +68,7 @@ def attention_load(
     batch: int = 1,
     itemsize: int = 4,
     layout: str = "auto",
+    exchange: str = "auto",
 ) -> Load:
     """Return what `convbasis.distributed.conv_basis_attention` costs the busiest rank.
 
@@ -81,14 +82,17 @@ def attention_load(
         value_dim: head_dim by default.
         batch: sequences.
         itemsize: bytes of a number.
-        layout: see there.
+        layout: see there, as exchange.
+        exchange: with ``"auto"`` the dtype is taken for no half type.
 
     Complexity: O(heads + ranks²) time.
     """
     kv_heads, width = kv_heads or heads, value_dim or head_dim
     lengths = [n * (rank + 1) // ranks - n * rank // ranks for rank in range(ranks)]
-    pieces = shares(layout, Sizes(heads, kv_heads, width), ranks)
-    by_segment = segments <= head_dim
+    sizes = Sizes(heads, kv_heads, width)
+    pieces = shares(layout, sizes, ranks)
+    few = segments <= head_dim and not whole_heads(layout, sizes, ranks)
+    by_segment = few if exchange == "auto" else exchange == "logits"
 
     def wanted(own: list[Piece]) -> int:
         """Return the numbers of each token that a rank needs."""
@@ -106,6 +110,7 @@ def attention_load(
 
     needs, makes = [wanted(own) for own in pieces], [made(own) for own in pieces]
     first = kv_heads * head_dim * -(-segments // ranks) * (ranks - 1) if by_segment else 0
+    inner = segments if by_segment else head_dim
     own_tokens = heads * (head_dim + width) + kv_heads * (head_dim + width)
     loads = []
     for rank, length in enumerate(lengths):
@@ -117,7 +122,7 @@ def attention_load(
             Load(
                 batch * itemsize * forward + 4 * _FIELD * (ranks - 1),
                 batch * itemsize * backward,
-                batch * sum(_operations(n, piece, head_dim, segments) for piece in pieces[rank]),
+                batch * sum(_operations(n, piece, inner, segments) for piece in pieces[rank]),
                 batch * (length * own_tokens + n * (needs[rank] + makes[rank])),
             )
         )
@@ -192,10 +197,9 @@ def ring_load(
     return Load(sent, 2 * sent, operations, batch * length * 4 * (heads + kv_heads) * head_dim)
 
 
-def _operations(n: int, piece: Piece, head_dim: int, segments: int) -> float:
+def _operations(n: int, piece: Piece, inner: int, segments: int) -> float:
     """Return those of one piece: of the partition that takes the fewest."""
     longest = -(-n // segments)
-    inner = min(head_dim, segments)
     columns = _count(piece.columns) + 1
     work = Work(n, segments, columns, inner, longest, _count(piece.heads), torch.float32)
     found = []

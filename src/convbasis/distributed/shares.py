@@ -38,6 +38,11 @@ def check_layout(layout: object) -> None:
         )
 
 
+def whole_heads(layout: str, sizes: Sizes, ranks: int) -> bool:
+    """Return whether a layout leaves heads whole."""
+    return layout == "heads" or (layout == "auto" and sizes.heads >= ranks)
+
+
 def shares(layout: str, sizes: Sizes, ranks: int) -> list[list[Piece]]:
     """Return the pieces of each rank; together they are all columns of all heads, in order.
 
@@ -50,9 +55,7 @@ def shares(layout: str, sizes: Sizes, ranks: int) -> list[list[Piece]]:
     """
     heads, kv_heads, width = sizes
     sharing = heads // kv_heads
-    if layout == "auto":
-        layout = "heads" if heads >= ranks else "columns"
-    unit = width if layout == "heads" else 1  # what cannot be cut
+    unit = width if whole_heads(layout, sizes, ranks) else 1  # what cannot be cut
     total = heads * width // unit
     found = []
     for rank in range(ranks):
