@@ -102,6 +102,26 @@ def test_arguments_are_pinned():
     assert cb.PlantedQK._fields == ("query", "key", "basis", "delta")
 
 
+def test_names_over_ranks_are_pinned():
+    from convbasis import distributed
+
+    assert distributed.__all__ == [
+        "DistributedError",
+        "conv_basis_attention",
+        "hybrid_attention",
+        "parallelize_heads",
+        "share_plan",
+        "token_lengths",
+    ]
+    more = {"conv_basis_attention": {"mesh", "layout", "exchange", "timeout"}}
+    more["hybrid_attention"] = {"mesh", "layout", "timeout"}
+    for name, added in more.items():
+        one, many = (inspect.signature(getattr(module, name)) for module in (cb, distributed))
+        assert set(many.parameters) == set(one.parameters) | added
+        for argument, parameter in one.parameters.items():
+            assert many.parameters[argument].default == parameter.default
+
+
 def test_errors_form_one_family():
     for error in (cb.InputError, cb.FileFormatError, cb.MissingExtraError):
         assert issubclass(error, cb.ConvBasisError)

@@ -1,5 +1,7 @@
 """Checks that run in the ranks of one launch: layers, DTensors, FSDP2, tensor parallelism, plans."""
 
+from pathlib import Path
+
 import pytest
 import tiny_models
 import torch
@@ -225,7 +227,19 @@ def filled(model):
     return cache
 
 
-CHECKS = (layers, fsdp, tensor_parallel, dtensors, plans, meshes, pretrained)
+def page(rank, ranks):
+    """The script of the page about several machines, with fewer tokens; the group is there already."""
+    text = (Path(__file__).parents[2] / "docs" / "several-machines.md").read_text()
+    code = text.split("```text\n")[1].split("```")[0]
+    assert "100_000" in code
+    code = code.replace("100_000", "1_000").replace("25_000", "500")
+    code = code.replace('dist.init_process_group("gloo")', "")
+    names = {}
+    exec(compile(code, "several-machines.md", "exec"), names)
+    assert names["out"].shape == (1, 8, 1000, 64)
+
+
+CHECKS = (layers, fsdp, tensor_parallel, dtensors, plans, meshes, pretrained, page)
 
 
 def everything(rank, ranks):
