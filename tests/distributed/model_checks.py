@@ -89,12 +89,15 @@ def fsdp(rank, ranks):
 
 def tensor_parallel(rank, ranks):
     """Heads over two ranks; with four, tokens over the other two."""
-    if ranks % 2:
+    if ranks == 3:
         with pytest.raises(cb.InputError, match="cannot be divided over 3 ranks"):
             distributed.parallelize_heads(layer(), mesh_of(ranks))
+        with pytest.raises(cb.InputError, match="a ConvBasisAttention is wanted"):
+            distributed.parallelize_heads(nn.Linear(2, 2), mesh_of(ranks))
         return
-    mesh = init_device_mesh("cpu", (ranks // 2, 2), mesh_dim_names=("tokens", "heads"))
-    place, lengths = mesh["tokens"].get_local_rank(), split(61, ranks // 2)
+    shape = (max(1, ranks // 2), min(ranks, 2))
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("tokens", "heads"))
+    place, lengths = mesh["tokens"].get_local_rank(), split(61, shape[0])
     hidden = torch.randn(1, 61, 24, generator=torch.Generator().manual_seed(4))
     want, weights, _, expected = reference(layer(), hidden)
     made = layer(mesh=mesh["tokens"] if ranks == 4 else None)
@@ -141,8 +144,9 @@ def dtensors(rank, ranks):
 
 def plans(rank, ranks):
     mesh = mesh_of(ranks)
-    plan = plan_for(build(), LITTLE) if rank == 1 else None
-    assert distributed.share_plan(plan, mesh, source=1) == plan_for(build(), LITTLE)
+    last = ranks - 1
+    plan = plan_for(build(), LITTLE) if rank == last else None
+    assert distributed.share_plan(plan, mesh, source=last) == plan_for(build(), LITTLE)
     kind = cb.InputError if rank == 0 else distributed.DistributedError
     with pytest.raises(kind, match="plan is None in rank 0, the source"):
         distributed.share_plan(None, mesh)

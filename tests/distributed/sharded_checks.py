@@ -14,7 +14,7 @@ def mesh_of(ranks):
 
 def split(n, ranks, kind="even"):
     """Return the tokens of each rank: as torch.chunk, or uneven, the first ranks with few."""
-    if kind == "even":
+    if kind == "even" or ranks == 1:
         return [len(x) for x in torch.arange(n).tensor_split(ranks)]
     sizes = [3 + 2 * rank for rank in range(ranks - 1)]
     return [*sizes, n - sum(sizes)] if kind == "uneven" else [0, *split(n, ranks - 1)]

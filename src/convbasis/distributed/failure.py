@@ -11,22 +11,21 @@ import time
 from datetime import timedelta
 from typing import Any
 
-import torch.distributed as dist
-
 from ..errors import DistributedError
 
 _NOTE = "convbasis/failed/{}"
+_LEAST = 0.01  # seconds to wait for: to a store none at all are without end
 _SHOWN = 300  # characters of another rank's message
 
 
 def leave_note(group: Any, message: str) -> None:
     """Tell the other ranks why this one goes no further."""
-    _store(group).set(_NOTE.format(dist.get_rank(group)), json.dumps({"message": message}))
+    _store(group).set(_NOTE.format(group.rank()), json.dumps({"message": message}))
 
 
 def forget_note(group: Any) -> None:
     """Take away what this rank has left in an earlier attempt, where a launcher keeps its store."""
-    _store(group).delete_key(_NOTE.format(dist.get_rank(group)))
+    _store(group).delete_key(_NOTE.format(group.rank()))
 
 
 def post_mortem(group: Any, seconds: float, message: str) -> DistributedError:
@@ -38,14 +37,14 @@ def post_mortem(group: Any, seconds: float, message: str) -> DistributedError:
         message: what the collective said.
     """
     store = _store(group)
-    own = dist.get_rank(group)
+    own = group.rank()
     end = time.monotonic() + seconds
     reasons: dict[int, str] = {}
     missing = []
     try:
         if not store.check([_NOTE.format(own)]):
             leave_note(group, "")
-        for rank in range(dist.get_world_size(group)):
+        for rank in range(group.size()):
             name = _NOTE.format(rank)
             if rank == own:
                 continue
@@ -78,7 +77,7 @@ def _appears(store: Any, name: str, seconds: float) -> bool:
     """Whether a key is there, or comes within some seconds."""
     if store.check([name]):
         return True
-    if seconds <= 0:
+    if seconds < _LEAST:
         return False
     try:
         store.wait([name], timedelta(seconds=seconds))
