@@ -248,7 +248,8 @@ MAY_IMPORT = {
     "attention": {
         "basis", "checks", "convolve", "dispatch", "errors", "logits", "recover", "transforms",
     },
-    "hybrid": {"attention", "checks", "errors", "transforms"},
+    "workers": set(),
+    "hybrid": {"attention", "checks", "errors", "transforms", "workers"},
     "plan": {"checks", "errors", "hybrid", "storage", "strict_json"},
     "distributed": {"attention", "checks", "convolve", "dispatch", "errors", "hybrid", "plan"},
     "nn": {"attention", "checks", "dispatch", "distributed", "errors"},

@@ -1,6 +1,10 @@
 """convbasis analyze: figures against plain attention, every option, going on after a stop."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,13 +15,8 @@ import convbasis as cb
 from convbasis.cli.app import app
 from convbasis.cli.interruption import checkpoint_of
 from convbasis.integrations.capture import CapturedLayer, capture_layers
-from convbasis.integrations.profile import (
-    TOLERANCES,
-    lag_bands,
-    lengths,
-    profile,
-    profile_layers,
-)
+from convbasis.integrations.profile import TOLERANCES, lengths, profile, profile_layers
+from convbasis.integrations.views import lag_bands
 from convbasis.plan import HeadSetting
 from convbasis.plan.ladder import default_ladder
 
@@ -139,10 +138,17 @@ def test_every_option_changes_the_result(run, folder, text, tmp_path):
     assert prose["provenance"]["sources"][0]["name"] == "prose of the standard library"
 
 
-def test_three_layers_are_seen_from_near(run, save, tmp_path):
+def test_three_layers_are_seen_from_near_and_all_have_kernels(run, save, tmp_path):
     content = run("analyze", save(tmp_path / "deep", num_hidden_layers=5), "--length", 64)
     assert [row.count(None) for row in by_title(content, "suits")] == [0] * 5
-    assert sorted({head["layer"] for head in content["heads"]}) == [0, 2, 4]
+    near = {head["layer"] for head in content["heads"] if head["exact"] is not None}
+    assert near == {0, 2, 4}
+    for head in content["heads"]:
+        assert (head["approximate"] is None) == (head["layer"] not in near)
+        assert ("No picture of this layer" in head["caption"]) == (head["layer"] not in near)
+    places = [(head["layer"], head["head"]) for head in content["heads"]]
+    assert places == [(layer, head) for layer in range(5) for head in range(4)]
+    assert len({tuple(head["lag_weights"]) for head in content["heads"]}) == 20
     assert len(content["charts"][1]["lines"]) == 3
 
 
@@ -185,6 +191,64 @@ def test_a_stopped_analysis_goes_on_and_gives_the_same(
     found.pop("provenance"), whole.pop("provenance")
     assert found == whole
     assert list(tmp_path.iterdir()) == [place]
+
+
+KILLED = """
+import os, signal, sys
+import transformers
+import convbasis.plan.ladder as ladder
+import convbasis.integrations.profile as profiling
+from convbasis.cli.app import app
+
+ladder._seconds = lambda run, *i, **o: 2.0 if o.get("is_causal") else 1.0
+real, calls = profiling.profile, []
+*words, first, second = sys.argv[1:]
+
+def profile(*inputs):
+    calls.append(inputs)
+    if len(calls) == last:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*inputs)
+
+profiling.profile = profile
+for last, output in ((1, first), (2, second)):
+    child = os.fork()
+    if child == 0:
+        app([*words, "--json", output])
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_after_a_kill_it_goes_on_and_gives_the_same(run, folder, text, tmp_path, monkeypatch):
+    """Killed after the times, and after the first layer."""
+    words = ["analyze", folder, "--text", text, "--length", 128]
+    whole = run(*words)
+    whole.pop("provenance")
+    killed = [tmp_path / "after times.json", tmp_path / "after a layer.json"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", KILLED, *map(str, words), *map(str, killed)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == [str(-signal.SIGKILL)] * 2, done.stderr
+    held = [list(json.loads(checkpoint_of(place).read_text())["measured"]) for place in killed]
+    assert held == [["costs"], ["costs", "0"]]
+    assert sorted(tmp_path.iterdir()) == sorted(map(checkpoint_of, killed))
+
+    def again(*_, **__):
+        raise AssertionError("times are measured once")
+
+    monkeypatch.setattr("convbasis.plan.ladder._seconds", again)
+    calls = []
+    monkeypatch.setattr(
+        "convbasis.integrations.profile.profile", lambda *i: calls.append(i) or profile(*i)
+    )
+    for place in killed:
+        done = CliRunner().invoke(app, [*map(str, words), "--json", str(place)])
+        assert done.exit_code == 0, done.output
+        found = json.loads(place.read_text())
+        found.pop("provenance")
+        assert found == whole
+    assert len(calls) == 2 + 1  # no layer that was measured is measured again
+    assert sorted(tmp_path.iterdir()) == sorted(killed)
 
 
 def test_input_that_cannot_be_used(fail, folder, text, loaded):

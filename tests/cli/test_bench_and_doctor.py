@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import convbasis as cb
-from convbasis.cli.bench import crossover
+from convbasis.cli.bench import Timed, bench_report, crossover
+from convbasis.cli.results import provenance
 from convbasis.report.timing import interleaved_medians
 
 SMALL = ["bench", "--lengths", "64,128", "--bases", "1,4", "--repeats", 1, "--head-dim", 8]
@@ -85,6 +86,19 @@ def test_crossover_lies_between_the_lengths_around_it():
     assert crossover([(100, 0.5), (200, 0.9)]) is None
     assert crossover([(100, 0.5), (400, 2.0)]) == pytest.approx(200)
     assert crossover([(100, 2.0), (200, 0.5), (400, 0.5), (1600, 2.0)]) == pytest.approx(800)
+
+
+def test_the_chart_marks_crossovers_between_measured_lengths():
+    def timed(n, *seconds):
+        return Timed(n, dict(zip(["SDPA", "always", "later", "never"], seconds, strict=True)))
+
+    found = [timed(100, 1.0, 0.5, 2.0, 9.0), timed(400, 16.0, 0.5, 8.0, 99.0)]
+    report = bench_report(found, 1, 8, provenance())
+    assert report.charts[0].crossings == ((200.0, 1.0, "later: 200"),)
+    told = dict(report.summary)
+    assert told["later: faster from"] == "about 200 tokens"
+    assert told["always: faster from"] == "100 tokens or fewer"
+    assert told["never: faster from"] == "not among these lengths"
 
 
 def test_bench_refuses_what_it_cannot_measure(fail):

@@ -9,12 +9,22 @@ import subprocess
 import sys
 
 import pytest
+import tiny_models
+import torch
+from torch.nn.functional import one_hot
 from typer.testing import CliRunner
 
 import convbasis as cb
 from convbasis.cli import app as commands
 from convbasis.cli.app import app
+from convbasis.cli.head_views import near_layers
 from convbasis.cli.interruption import checkpoint_of
+from convbasis.cli.words import in_words
+from convbasis.integrations.capture import capture_layers
+from convbasis.integrations.profile import profile
+from convbasis.integrations.views import see_plan
+from convbasis.plan import HeadPlan, HeadSetting, ModelShape
+from convbasis.plan.ladder import default_ladder
 
 pytestmark = pytest.mark.usefixtures("steady")
 
@@ -106,6 +116,98 @@ def test_without_a_text_it_is_the_prose(run, folder, tmp_path):
     assert content["provenance"]["sources"][0]["name"] == "prose of the standard library"
 
 
+def test_error_against_cost_is_that_of_the_plans_measurements(run, words, tmp_path):
+    words += ["--tolerance", 0.9, "--budget"]
+    for budget in ("1e9", "inf"):
+        content = run(*words, budget)
+        (chart,) = content["charts"]
+        plan = cb.Plan.load(tmp_path / "plan.json")
+        settings, chosen = chart["lines"]
+        assert len(settings["x"]) == len(default_ladder(400))
+        assert set(settings["x"]) == {0.5}
+        cost, error, name = chart["marked"]
+        assert (cost, name) == (0.5, "this plan")
+        flat = [head.error for head in heads(plan)]
+        rms = (sum(e * e for e in flat) / len(flat)) ** 0.5
+        expected = rms if budget == "inf" else plan.predicted_kl
+        assert error == pytest.approx(expected, rel=1e-3)
+        # The plan is one of the choices.
+        assert any(error == pytest.approx(y, rel=1e-3) for y in chosen["y"])
+        assert chosen["labels"][0].startswith("tolerance" if budget == "inf" else "budget")
+        assert all(x <= 1 for x in chosen["x"])
+
+
+def test_every_head_is_seen_beside_its_plan(run, words, tmp_path):
+    # One head is left exact: its error is above the tolerance.
+    run(*words, "--tolerance", 0.9, "--length", 900)
+    worst = max(head.error for head in heads(cb.Plan.load(tmp_path / "plan.json")))
+    options = ("--tolerance", 0.99 * worst, "--margin", 1, "--length", 900)
+    content = run(*words, *options)
+    plan = cb.Plan.load(tmp_path / "plan.json")
+    flat, views = heads(plan), content["heads"]
+    assert [(view["layer"], view["head"]) for view in views] == [
+        (i, j) for i in (0, 1) for j in range(4)
+    ]
+    for head, view in zip(flat, views, strict=True):
+        assert (view["approximate"] is None) == (head.setting is None)
+        assert in_words(head.setting, 900) in view["caption"].replace(
+            "none, this head attends exactly", "exact"
+        )
+        assert len(view["exact"]) == 60
+        assert view["tile"] == 15
+        assert [sum(row) for row in view["exact"]] == pytest.approx([1.0] * 60, abs=1e-3)
+
+
+def test_pictures_are_of_the_model_and_the_plan(loaded):
+    """Beside dense attention, with a plan whose windows see everything or little, and an exact head."""
+    ids = tiny_models.ids(128)
+    shape = ModelShape.of(loaded)
+    kinds = (HeadSetting(128), HeadSetting(8, 1, 0), None, HeadSetting(8, 1, 0))
+    row = tuple(HeadPlan(kind) for kind in kinds)
+    plan = cb.Plan(shape, "0" * 64, 0.3, 128, 0, (row, row))
+    found = see_plan(loaded, ids, plan, near=[1], tiles=32)
+    assert sorted(found) == [0, 1]
+    assert found[0].heads == []
+    given = capture_layers(loaded, ids, [1])[1]
+    key = given.key[0].repeat_interleave(2, 0)
+    above = torch.ones(128, 128, dtype=torch.bool).triu(1)
+    weights = (given.query[0] @ key.mT * given.scale).masked_fill(above, -torch.inf).softmax(-1)
+    names = one_hot(torch.arange(128) // 4).float()
+    shares = names.t() @ weights @ names / 4
+    seen = found[1].heads
+    assert [head.setting for head in seen] == [0, 1, None, 1]
+    for head, own in enumerate(seen):
+        torch.testing.assert_close(torch.tensor(own.exact), shares[head], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(torch.tensor(seen[0].approximate), shares[0], rtol=1e-3, atol=1e-5)
+    assert seen[2].approximate is None
+    lag = torch.arange(128)[:, None] - torch.arange(128)
+    kept = (lag < 8) | (torch.arange(128) == 0)
+    narrow = (weights[1] * kept).tril()
+    narrow = names.t() @ (narrow / narrow.sum(-1, keepdim=True)) @ names / 4
+    torch.testing.assert_close(torch.tensor(seen[1].approximate), narrow, rtol=1e-3, atol=1e-5)
+    profiled = profile(given, kinds[:1], [0.5], 0, False)
+    assert found[1].lag_weights == profiled.lag_weights
+
+
+def test_layers_that_do_not_attend_through_the_interface_have_no_pictures(loaded, monkeypatch):
+    monkeypatch.setattr("convbasis.integrations.views.observe_layers", lambda *_: None)
+    with pytest.raises(cb.InputError, match=r"layers \[0, 1\] of the model do not attend through"):
+        see_plan(loaded, tiny_models.ids(64), tiny_models.plan_for(loaded), near=[], tiles=8)
+
+
+@pytest.mark.parametrize(
+    ("layers", "heads_of_one", "near", "tiles"),
+    [
+        (2, 4, [0, 1], 64),
+        (30, 9, list(range(30)), 32),
+        (32, 32, [0, 4, 8, 12, 16, 19, 23, 27, 31], 32),
+        (4, 400, [0], 32),
+    ],
+)
+def test_pages_of_large_models_stay_small(layers, heads_of_one, near, tiles):
+    assert near_layers(layers, heads_of_one) == (near, tiles)
+
+
 def test_a_page_is_asked_for(run, words, tmp_path, pages):
     run(*words, "--report", tmp_path / "r.html")
     assert [place for _, place in pages] == [tmp_path / "r.html"]
@@ -147,6 +249,36 @@ def test_after_ctrl_c_it_goes_on_and_gives_the_same_bytes(
     assert len(calls) == 4  # what was stopped twice, nothing else again
     assert plan.read_bytes() == whole
     assert list(tmp_path.iterdir()) == [plan]
+
+
+def test_ctrl_c_while_pictures_are_made_keeps_the_plan(
+    run, fail, words, tmp_path, monkeypatch, no_times
+):
+    run(*words)
+    plan, told = tmp_path / "plan.json", tmp_path / "told.json"
+    whole = plan.read_bytes()
+    plan.unlink()
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as changed:
+        changed.setattr("convbasis.cli.calibrate.see_plan", stop)
+        assert str(checkpoint_of(plan)) in fail(*words, "--json", told, code=130)
+    assert plan.read_bytes() == whole
+    assert not told.exists()
+    no_times()
+    assert CliRunner().invoke(app, [*map(str, words), "--json", str(told)]).exit_code == 0
+    assert len(json.loads(told.read_text())["heads"]) == 8
+    assert sorted(tmp_path.iterdir()) == [plan, told]
+
+
+def test_no_pictures_are_made_that_nobody_asked_for(words, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("no picture is wanted")
+
+    monkeypatch.setattr("convbasis.cli.calibrate.see_plan", refuse)
+    assert CliRunner().invoke(app, [*map(str, words)]).exit_code == 0
 
 
 def test_ctrl_c_while_times_are_measured(run, fail, words, tmp_path, monkeypatch):

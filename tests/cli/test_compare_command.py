@@ -1,5 +1,7 @@
 """convbasis compare: figures against a plain computation, every option, texts kept after Ctrl-C."""
 
+import json
+
 import pytest
 import tiny_models
 import torch
@@ -97,6 +99,27 @@ def test_every_option_changes_the_result(run, words, text, tmp_path, monkeypatch
     assert not any("No head was approximated" in note for note in base["notes"])
     run(*words, "--report", tmp_path / "r.html")
     assert [place for _, place in pages] == [tmp_path / "r.html"]
+
+
+def test_maps_and_error_against_cost(run, words, plan_file, tmp_path):
+    content = run(*words, "--no-fallback")
+    settings, errors, times = (own["values"] for own in content["maps"])
+    assert settings == [["exact"] + ["window 8"] * 3] * 2
+    assert errors == [[0.0] * 4] * 2
+    assert times == [[1.0] * 4] * 2
+    (chart,) = content["charts"]
+    assert chart["marked"] is None  # this plan predicts no KL
+    found = figures(content)
+    (line,) = chart["lines"]
+    ratio = found["attention, plan, s"] / found["attention, exact, s"]
+    assert line["x"] == [pytest.approx(ratio, rel=1e-3)]
+    assert line["y"] == [found["KL(exact || plan), nats"]]
+    assert line["labels"] == ["random.txt"]
+    heads = json.loads(plan_file.read_text())
+    heads["predicted_kl"] = 0.25
+    (tmp_path / "told.json").write_text(json.dumps(heads))
+    chart = run(*words, "--plan", tmp_path / "told.json")["charts"][0]
+    assert chart["marked"] == [1.0, 0.25, "predicted at 100 tokens"]
 
 
 def spy(steps):

@@ -14,7 +14,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import convbasis as cb
-from convbasis.cli.app import app
+from convbasis.cli.app import EXAMPLE, app
 from convbasis.cli.exits import EXIT_CODES, Exit
 from convbasis.cli.interruption import checkpoint_of, keeping
 from convbasis.cli.results import check_outputs, deliver, provenance, report_json, shown
@@ -44,6 +44,9 @@ def test_help_names_commands_and_exit_codes():
     assert EXIT_CODES in words
     assert all(str(int(code)) in EXIT_CODES for code in Exit)
     assert all(f" {command} " in words for command in COMMANDS)
+    assert EXAMPLE in words
+    result = runner.invoke(app, [*shlex.split(EXAMPLE)[2:3], "--help"])
+    assert all(word in result.stdout for word in shlex.split(EXAMPLE) if word.startswith("-"))
 
 
 NAMED = "import sys; sys.argv = ['convbasis']\nfrom convbasis.cli import main; main()"
@@ -294,10 +297,12 @@ def test_commands_of_others_get_their_options(tmp_path, monkeypatch):
         setattr(module, f"run_{name}", lambda *given: called.append(given))
         monkeypatch.setitem(sys.modules, f"convbasis.cli.{name}", module)
     words = ["decompose", "m.npz", "--tol", "0.5", "--key", "a", "-o", "b", "--json", "c"]
+    words += ["--report", "d"]
     assert runner.invoke(app, words).exit_code == 0
-    assert called[0][:-1] == (Path("m.npz"), Path("b"), 0.5, "a", Path("c"), None)
+    assert called[0][:-1] == (Path("m.npz"), Path("b"), 0.5, "a", Path("c"), Path("d"))
     assert runner.invoke(app, ["decompose", "m.npy"]).exit_code == 0
     assert called[1][:-1] == (Path("m.npy"), None, 0.0, None, None, None)
-    assert runner.invoke(app, ["report", "r.json", "-o", "r.html"]).exit_code == 0
-    assert called[2][:-1] == (Path("r.json"), Path("r.html"))
+    words = ["report", "r.json", "-o", "r.html", "--json", "told.json"]
+    assert runner.invoke(app, words).exit_code == 0
+    assert called[2][:-1] == (Path("r.json"), Path("r.html"), Path("told.json"))
     assert all(isinstance(given[-1], Console) for given in called)

@@ -87,7 +87,7 @@ def selected(query, key, value, scale, settings, head):
     """What one head of those that share a key sees: columns and blocks are the library's choice."""
     n = query.shape[1]
     far, span = settings["far_field"], None
-    aligned = bool(settings["blocks"]) or far == "segments"
+    aligned = far == "segments" or (far == "none" and settings["blocks"] + settings["columns"] > 0)
     size = QUERIES if aligned else 1
     window = Window(settings["window"], size)
     first = window.first(torch.arange(n)).clamp(min=0)

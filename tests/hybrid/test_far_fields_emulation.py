@@ -46,7 +46,7 @@ def test_exact_attention(head):
 
 
 def test_dropped_far_keys(head):
-    head.cut(WINDOW, 1)
+    head.cut(WINDOW)
     ours = merged(head, torch.zeros_like(head.near))
     torch.testing.assert_close(ours, library(head), atol=1e-5, rtol=0)
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 
 import pytest
 import torch
 
 import convbasis as cb
-from convbasis.plan import HeadSetting
+from convbasis.plan import HeadPlan, HeadSetting
+from convbasis.plan.choice import Chosen
+from convbasis.plan.ladder import Costs
 
 transformers = pytest.importorskip("transformers")
+calibrate = importlib.import_module("convbasis.integrations.calibrate")
 
 LADDER = (HeadSetting(window=32, columns=8), HeadSetting(window=128, columns=8, blocks=2))
 
@@ -92,13 +96,32 @@ def test_heads_share_a_budget(model, ids, monkeypatch, tmp_path):
     assert cb.calibrate(model, ids, **options).predicted_kl <= 0.002
 
 
+def test_the_crossover_is_that_of_all_heads_together():
+    """A setting that never pays for itself, one that does from 2,048 on, and exact heads."""
+    costs = Costs([1024, 2048, 4096], [[1.5, 0.8], [0.7, 0.4], [0.5, 0.2]])
+    one, two, exact = HeadPlan(LADDER[0]), HeadPlan(LADDER[1]), HeadPlan(None)
+    for heads, shortest in [
+        ([one], 1024),
+        ([two], 0),
+        ([one, two], 1024),
+        ([one, two, two, two], 1024),  # 0.975
+        ([one, two, two, two, two], 1024),  # 0.94
+        ([one, *[two] * 7], 0),  # 0.8875
+        ([one, exact], 1024),
+        ([two, exact, exact], 1024),
+        ([one, exact, exact, exact], 2048),
+        ([exact, exact, two, exact, exact, exact, exact, exact, exact], 4096),
+    ]:
+        assert calibrate._crossover(Chosen((tuple(heads),), None), costs, LADDER) == shortest
+
+
 def test_a_stopped_calibration_goes_on(model, ids, tmp_path, monkeypatch):
     file = tmp_path / "measured.json"
 
     class Stop(Exception): ...
 
     def stop(done: int, total: int) -> None:
-        assert total == 6
+        assert total == 6 + 1  # what errors do to the model comes last
         if done == 4:
             raise Stop
 
@@ -106,8 +129,8 @@ def test_a_stopped_calibration_goes_on(model, ids, tmp_path, monkeypatch):
         cb.calibrate(model, ids, ladder=LADDER, checkpoint=file, progress=stop)
     kept = json.loads(file.read_text())["measured"]
     assert list(kept) == ["costs", "0.0", "0.1", "0.2", "1.0"]
-    assert list(kept["costs"]) == ["costs", "shortest"]
-    assert [len(of_each) for of_each in kept["costs"].values()] == [2, 2]
+    assert list(kept["costs"]) == ["lengths", "costs"]
+    assert [len(of_each) for of_each in kept["costs"]["costs"]] == [2] * len(kept["costs"]["lengths"])
     assert list(kept["1.0"]) == ["bounds", "errors"]
 
     def again(*_, **__):
@@ -116,7 +139,7 @@ def test_a_stopped_calibration_goes_on(model, ids, tmp_path, monkeypatch):
     monkeypatch.setattr("convbasis.plan.ladder._seconds", again)
     done = []
     cb.calibrate(model, ids, ladder=LADDER, checkpoint=file, progress=lambda d, _: done.append(d))
-    assert done == [4, 4, 4, 4, 5, 6]
+    assert done == [4, 4, 4, 4, 5, 6, 7]
     after = json.loads(file.read_text())["measured"]
     assert {name: after[name] for name in kept} == kept
     assert list(after) == [*kept, "1.1", "1.2", "sensitivities"]

@@ -1,6 +1,7 @@
 """attn_implementation="conv_basis": exact without a plan, by it over prompts, exact afterwards."""
 
 import copy
+import dataclasses
 import logging
 
 import pytest
@@ -381,21 +382,25 @@ class TestPrefill:
             query, key, value, is_causal=True, scale=0.5, enable_gqa=True
         )
 
+    def judge(self, monkeypatch, bound):
+        """Let the bounds of pieces of work be others."""
+        compute = prefill.attend_pieces
+
+        def judged(query, key, value, pieces, *args):
+            found, after = compute(query, key, value, pieces, *args)
+            for place, (b, heads, _) in enumerate(pieces):
+                found[place] = found[place]._replace(bound=torch.full((len(heads),), bound(b, heads)))
+            return found, after
+
+        monkeypatch.setattr(prefill, "attend_pieces", judged)
+
     @pytest.mark.parametrize("side", PADDINGS)
     def test_only_the_head_that_exceeds_the_tolerance_is_exact_again(self, side, monkeypatch):
         tensors, plan = self.heads(), plan_for(build(), LITTLE).heads[0]
         mask = None if side is None else padded(ids(50, 2), side)[1].bool()
         without = self.run(tensors, plan, padding=mask, tolerance=None)
         assert not without.fallen_back.any()
-        compute = prefill.hybrid_attention_stats
-
-        def judged(*args, **kwargs):
-            found = compute(*args, **kwargs)
-            estimate = torch.zeros_like(found.error_estimate)
-            estimate[1, 2] = 0.2
-            return found._replace(error_estimate=estimate)
-
-        monkeypatch.setattr(prefill, "hybrid_attention_stats", judged)
+        self.judge(monkeypatch, lambda b, heads: 0.2 * (b == 1) * (heads == [2]))
         found = self.run(tensors, plan, padding=mask)
         assert found.fallen_back.nonzero().tolist() == [[1, 2]]
         real = torch.ones(50, dtype=torch.bool) if mask is None else mask[1]
@@ -407,38 +412,34 @@ class TestPrefill:
         assert torch.equal(found.output[kept], without.output[kept])
 
     def test_an_estimate_that_is_not_a_number_falls_back(self, monkeypatch):
-        compute = prefill.hybrid_attention_stats
-
-        def judged(*args, **kwargs):
-            found = compute(*args, **kwargs)
-            return found._replace(error_estimate=found.error_estimate * float("nan"))
-
-        monkeypatch.setattr(prefill, "hybrid_attention_stats", judged)
+        self.judge(monkeypatch, lambda b, heads: float("nan"))
         found = self.run(self.heads(), plan_for(build(), LITTLE).heads[0])
         assert found.fallen_back.all()
 
-    def test_heads_of_one_setting_share_a_call(self, monkeypatch):
-        calls = []
-        compute = prefill.hybrid_attention_stats
-
-        def counted(query, key, value, **options):
-            calls.append((query.shape[1], key.shape[1], options["window"]))
-            return compute(query, key, value, **options)
-
-        monkeypatch.setattr(prefill, "hybrid_attention_stats", counted)
+    def test_each_head_gives_what_it_gives_among_heads_of_its_setting(self):
         little, all_of_it = (plan_for(build(), setting).heads[0] for setting in (LITTLE, EVERYTHING))
         tensors = self.heads()
-        for mixed, expected in [
-            ([*little[:2], *all_of_it[2:]], [(2, 1, 8), (2, 1, 50)]),  # whole groups share their keys
-            ([little[0], all_of_it[1], *little[2:]], [(3, 3, 8), (1, 1, 50)]),
-            (little, [(4, 2, 8)]),
-        ]:
-            calls.clear()
-            found = self.run(tensors, mixed, tolerance=None).output
-            assert calls == expected
-            for head, setting in enumerate(mixed):
-                alone = self.run(tensors, [setting] * 4, tolerance=None).output
-                assert worst(found[:, head], alone[:, head]) <= 1e-6
+        alone = [self.run(tensors, own, tolerance=None).output for own in (little, all_of_it)]
+        for mixed in ([0, 0, 1, 1], [0, 1, 0, 0], [1, 0, 0, 1]):
+            heads = [(little, all_of_it)[own][head] for head, own in enumerate(mixed)]
+            found = self.run(tensors, heads, tolerance=None).output
+            for head, own in enumerate(mixed):
+                assert torch.equal(found[:, head], alone[own][:, head])
+
+    def test_the_longest_work_begins_first(self, monkeypatch):
+        heads = [
+            dataclasses.replace(head, cost=cost)
+            for head, cost in zip(plan_for(build(), LITTLE).heads[0], (0.3, 0.1, 0.4, 0.2), strict=True)
+        ]
+        compute, order = prefill.attend_pieces, []
+
+        def seen(query, key, value, pieces, *args):
+            order.extend(head for _, (head,), _ in pieces)
+            return compute(query, key, value, pieces, *args)
+
+        monkeypatch.setattr(prefill, "attend_pieces", seen)
+        self.run(self.heads(batch=1), heads)
+        assert order == [2, 0, 3, 1]
 
 
 class TestNotFinite:

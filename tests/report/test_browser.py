@@ -1,35 +1,20 @@
 """The page of a report in a real browser: drawn, chosen by mouse and keys, closed to the network."""
 
 import json
-import os
-import shutil
-from pathlib import Path
 
 import pytest
-from playwright.sync_api import sync_playwright
+from browser import PHONE, chromium, folder_for_shots, head, needs_chromium, watched
 from report_samples import HOSTILE, full_report, hostile_report, odd_report
 
 from convbasis.report.html import write_report
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="no chromium was found; `make browser-deps` installs it"
-)
-DESKTOP = {"viewport": {"width": 1280, "height": 900}}
-PHONE = {
-    "viewport": {"width": 390, "height": 844},
-    "is_mobile": True,
-    "has_touch": True,
-    "device_scale_factor": 2,
-}
+pytestmark = needs_chromium
 
 
 @pytest.fixture(scope="module")
 def browser():
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM)
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -43,40 +28,14 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def shots(tmp_path_factory):
-    """The folder for screenshots."""
-    given = os.environ.get("CONVBASIS_SCREENSHOTS")
-    folder = Path(given) if given else tmp_path_factory.mktemp("screenshots")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    return folder_for_shots(tmp_path_factory)
 
 
 @pytest.fixture
 def visit(browser, files):
-    """Open a page that is drawn; at the end nothing was complained of or asked of the network."""
-    complaints, requests, contexts = [], [], []
-
-    def go(name="full", **options):
-        context = browser.new_context(**{**DESKTOP, **options})
-        contexts.append(context)
-        page = context.new_page()
-        page.on("console", lambda message: complaints.append(message.text))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("dialog", lambda dialog: (complaints.append(dialog.message), dialog.dismiss()))
-        page.on("request", lambda request: requests.append(request.url))
-        page.goto((files / f"{name}.html").as_uri())
-        page.wait_for_selector("html[data-ready]", state="attached")
-        return page
-
-    yield go
-    for context in contexts:
-        context.close()
-    assert complaints == []
-    assert {url.rsplit("/", 1)[1] for url in requests} <= {"full.html", "hostile.html", "odd.html"}
-    assert all(url.startswith("file:") for url in requests)
-
-
-def head(page, layer, head, grid=0):
-    return page.locator(f'[data-map="{grid}"] [data-layer="{layer}"][data-head="{head}"]')
+    """Open a page of a sample."""
+    with watched(browser) as go:
+        yield lambda name="full", **options: go(files / f"{name}.html", **options)
 
 
 def drawn(page, name="exact"):

@@ -36,6 +36,16 @@ def test_it_says_what_it_is_and_keeps_every_digit():
     assert content["maps"][0]["values"][3][2] == full_report().maps[0].values[3][2]
 
 
+def test_kernels_alone_and_crossings_are_read(path):
+    alone = HeadView(0, 1, "kernel", None, None, (0, 1), (0.5, 0.25))
+    chart = Chart("c", "x", "y", (), crossings=((2.0, 1.0, "here"), (3.0, 1.0, "there")))
+    report = Report("r", provenance(), heads=(alone,), charts=(chart,))
+    assert read(path, report_json(report)) == report
+    content = json.loads(report_json(report))
+    del content["charts"][0]["crossings"]  # as an older release wrote it
+    assert read(path, json.dumps(content)).charts[0].crossings == ()
+
+
 def test_fields_with_a_default_may_be_absent(path):
     content = json.loads(report_json(full_report()))
     del content["notes"], content["charts"][0]["level"], content["provenance"]["model"]
@@ -170,6 +180,10 @@ def test_no_file(tmp_path):
             r"heads\[0\] begins at token -1 with tiles of 0",
         ),
         ({"summary": (("x", 10**400),)}, r"summary\[0\]\[1\] is 1000.*every number must be finite"),
+        (
+            {"heads": (HeadView(0, 0, "", None, ((1.0,),), (), ()),)},
+            r"heads\[0\]\.exact has no rows; None is wanted where a kernel alone is shown",
+        ),
         (
             {"heads": (HeadView(0, 0, "", ((1.0,),), None, (0,), ()),)},
             r"heads\[0\] has 1 lags and 0 lag_weights",

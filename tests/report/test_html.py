@@ -17,8 +17,8 @@ from rich.console import Console
 
 from convbasis.cli.report import run_report
 from convbasis.errors import FileFormatError, InputError, MissingPathError
-from convbasis.report.content import Chart, HeadMap, Line, Report, Table
-from convbasis.report.file import report_json
+from convbasis.report.content import Chart, HeadMap, HeadView, Line, Report, Table
+from convbasis.report.file import read_report, report_json
 from convbasis.report.html import report_html, write_report
 from convbasis.report.scale import scale_of
 from convbasis.report.words import cell_text, rounded, time_text
@@ -237,6 +237,30 @@ def test_points_that_cannot_be_drawn_are_counted():
     assert "not drawn" not in report_html(Report("r", provenance(), charts=(chart,)))
 
 
+def test_points_that_stand_out_are_in_the_table_too():
+    line = Line("l", (1.0,), (2.0,), ("first",))
+    chart = Chart(
+        "c", "x", "y", (line,), marked=(3.0, 4.0, "the plan"), crossings=((5.0, 1.0, "from here"),)
+    )
+    page = Page(report_html(Report("r", provenance(), charts=(chart,))))
+    assert page.cells[:16] == [
+        "line", "x", "y", "point", "l", "1", "2", "first", "the plan", "3", "4", "—", "from here", "5",
+        "1", "—",
+    ]  # fmt: skip
+
+
+def test_a_kernel_alone_has_no_picture():
+    alone = HeadView(0, 1, "kernel", None, None, (0, 1), (0.5, 0.25))
+    maps = (HeadMap("m", "u", ((0.5, 0.25),)),)
+    text = report_html(Report("r", provenance(), maps=maps, heads=(alone,)))
+    page = Page(text)
+    (view,) = json.loads(page.texts["pictures"])["heads"]
+    assert (view["exact"], view["approximate"], view["size"]) == (None, None, 0)
+    assert view["weights"] == [0.5, 0.25]
+    assert "A dark corner marks" not in text
+    assert 'id="chooser"' not in text
+
+
 def test_numbers_are_aligned_and_nothing_is_a_dash():
     table = Table("t", ("n", "w", "none"), ((1.5, "a", None), (None, "b", None)))
     page = Page(report_html(Report("r", provenance(), tables=(table,))))
@@ -326,13 +350,17 @@ def test_the_command_writes_the_page_of_a_file(tmp_path):
     source, output = tmp_path / "report.json", tmp_path / "[red] page.html"
     source.write_text(report_json(full_report()), encoding="utf-8")
     console = Console(record=True, width=300)
-    run_report(source, output, console)
+    run_report(source, output, tmp_path / "told.json", console)
     assert output.read_text(encoding="utf-8") == report_html(full_report())
     size = f"{output.stat().st_size / 1e6:.1f} MB"
     assert f"[red] page.html ({size}); open it" in console.export_text()
+    told = dict(read_report(tmp_path / "told.json").summary)
+    assert told["title"] == full_report().title
+    assert (told["maps"], told["heads"], told["charts"], told["tables"]) == (2, 6, 2, 1)
+    assert told["bytes of the page"] == output.stat().st_size
     source.write_text("{}")
     with pytest.raises(FileFormatError, match="its format is None"):
-        run_report(source, output, console)
+        run_report(source, output, None, console)
 
 
 def test_plotly_is_not_imported_before_a_page_is_made():

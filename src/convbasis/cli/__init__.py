@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 from ..errors import MissingExtraError
 
 
-def main() -> None:
-    """Run the program; a missing extra ends it with one line that names it."""
+def load() -> Callable[[], None]:
+    """Return the program; a missing extra ends everything with one line that names it."""
     try:
         from .app import app
     except ImportError as error:
@@ -16,4 +17,9 @@ def main() -> None:
             raise
         print(MissingExtraError("the command line", "cli", error), file=sys.stderr)
         sys.exit(2)
-    app()
+    return app
+
+
+def main() -> None:
+    """Load the program and run it."""
+    load()()

@@ -15,15 +15,16 @@ from ..integrations.profile import (
     TILES,
     TOLERANCES,
     LayerProfile,
-    lag_bands,
     lengths,
     profile_layers,
 )
 from ..integrations.texts import read_text, text_tokens
+from ..integrations.views import best_settings, lag_bands
 from ..plan import HeadSetting
 from ..plan.choice import choose
 from ..plan.ladder import Measured, default_ladder
 from ..report.content import Cell, Chart, HeadMap, HeadView, Line, Provenance, Report, Table
+from .head_views import head_views, with_errors
 from .interruption import keeping
 from .progress import one_bar
 from .results import check_outputs, deliver, provenance, rounded, source
@@ -170,26 +171,14 @@ def _head_map(title: str, unit: str, values: dict[int, Any], layers: int, heads:
 def _head_views(
     profiles: dict[int, LayerProfile], ladder: Sequence[HeadSetting], n: int
 ) -> list[HeadView]:
-    tile = -(-n // TILES)
-    lags = tuple(lag_bands(n))
-    return [
-        HeadView(
-            layer=layer,
-            head=head,
-            caption=(
-                f"Share of a query's attention that goes to each tile of {tile} keys, mean over tiles "
-                f"of {tile} queries; approximation: {in_words(ladder[view.setting], n)}, estimated "
-                f"error {own.bounds[view.setting][head]:.2g}, true error "
-                f"{own.errors[view.setting][head]:.2g}"
-            ),
-            exact=tuple(map(tuple, view.exact)),
-            approximate=tuple(map(tuple, view.approximate)),
-            lags=lags,
-            lag_weights=tuple(own.lag_weights[head]),
-        )
-        for layer, own in profiles.items()
-        for head, view in enumerate(own.seen)
-    ]
+    views: list[HeadView] = []
+    for layer, own in profiles.items():
+        words = [
+            with_errors(ladder[index], n, own.bounds[index][head], own.errors[index][head])
+            for head, index in enumerate(best_settings(own.bounds))
+        ]
+        views += head_views(layer, own.lag_weights, own.seen, words, n, TILES)
+    return views
 
 
 def _settings_chart(

@@ -11,13 +11,15 @@ from .. import __version__
 from .exits import EXIT_CODES, debug, one_line_errors
 from .results import screen
 
+EXAMPLE = "Example: convbasis calibrate smollm2 --length 8192 -o plan.json"
+
 # Plain help: boxes would leave no room for it in 80 columns.
 app = typer.Typer(
     name="convbasis",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    epilog=EXIT_CODES,
+    epilog=f"{EXAMPLE}\n\n{EXIT_CODES}",
 )
 
 Model = Annotated[
@@ -283,8 +285,9 @@ def report(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FILE", help="The page.", show_default=False)
     ],
+    json_output: Json = None,
 ) -> None:
     """Make an HTML page of a result kept as JSON."""
     from .report import run_report
 
-    run_report(source, output, screen(None))
+    run_report(source, output, json_output, screen(json_output))

@@ -136,6 +136,7 @@ def bench_report(found: Sequence[Timed], heads: int, head_dim: int, where: Prove
                 x_log=True,
                 y_log=True,
                 level=(1.0, "as fast as SDPA"),
+                crossings=_crossings(ratios),
             ),
         ),
         tables=(
@@ -158,6 +159,17 @@ def bench_report(found: Sequence[Timed], heads: int, head_dim: int, where: Prove
             "have that structure, hybrid attention with its usual sizes only where few keys matter.",
         ),
     )
+
+
+def _crossings(ratios: dict[str, list[tuple[int, float]]]) -> tuple[tuple[float, float, str], ...]:
+    """Return where methods begin to be faster, between measured lengths, in order of length."""
+    found = {name: crossover(points) for name, points in ratios.items()}
+    inside = [
+        (rounded(where, 2), 1.0, f"{name}: {rounded(where, 2):,.0f}")
+        for name, where in found.items()
+        if where is not None and where > ratios[name][0][0]
+    ]
+    return tuple(sorted(inside))
 
 
 def _from(points: Sequence[tuple[int, float]]) -> str:

@@ -6,18 +6,23 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 
-from ..integrations.calibrate import calibrate
+from ..integrations.calibrate import Calibration, calibration
 from ..integrations.models import load_model
 from ..integrations.texts import read_texts, text_tokens
+from ..integrations.views import SeenLayer, see_plan
 from ..plan import Plan
-from ..report.content import HeadMap, Provenance, Report, Table
+from ..report.content import HeadView, Provenance, Report, Table
+from .head_views import head_views, near_layers, with_errors
 from .interruption import keeping
+from .plan_maps import plan_maps
 from .progress import one_bar
 from .results import check_outputs, deliver, provenance, rounded, source
+from .trade_off import trade_off_chart
 from .words import in_words
 
 
@@ -40,8 +45,8 @@ def run_calibrate(
     loaded = load_model(model)
     ids = [text_tokens(loaded.model, loaded.tokenizer, *text, length) for text in contents]
     with keeping(output) as checkpoint:
-        with one_bar("measuring layers") as step:
-            plan = calibrate(
+        with one_bar("measuring layers and the model") as step:
+            found = calibration(
                 loaded.model,
                 torch.cat(ids),
                 tolerance=tolerance,
@@ -51,26 +56,44 @@ def run_calibrate(
                 progress=step,
                 seed=seed,
             )
-        plan.save(output)
+        found.plan.save(output)
+        views: list[HeadView] = []
+        if json_output is not None or page is not None:
+            views = _views(loaded.model, ids[0], found.plan, seed)
         sources = [source(name, own) for (name, _), own in zip(contents, ids, strict=True)]
-        report = plan_as_report(plan, output, provenance(model=loaded.name, sources=sources))
+        where = provenance(model=loaded.name, sources=sources)
+        report = plan_as_report(found, views, output, where)
         deliver(report, console, json_output, page)
 
 
-def plan_as_report(plan: Plan, place: Path, where: Provenance) -> Report:
+def _views(model: Any, ids: torch.Tensor, plan: Plan, seed: int) -> list[HeadView]:
+    n = ids.shape[1]
+    near, tiles = near_layers(plan.model.layers, plan.model.heads)
+    with one_bar("pictures of heads", plan.model.layers) as step:
+        seen = see_plan(model, ids, plan, near=near, tiles=tiles, progress=step, seed=seed)
+    return [view for layer in sorted(seen) for view in _layer_views(plan, layer, seen[layer], n, tiles)]
+
+
+def _layer_views(plan: Plan, layer: int, seen: SeenLayer, n: int, tiles: int) -> list[HeadView]:
+    words = [with_errors(head.setting, n, head.error, None) for head in plan.heads[layer]]
+    return head_views(layer, seen.lag_weights, seen.heads, words, n, tiles)
+
+
+def plan_as_report(
+    found: Calibration, views: Sequence[HeadView], place: Path, where: Provenance
+) -> Report:
     """Return what a plan holds.
 
     Args:
-        plan: the plan.
+        found: the plan, and what it was chosen from.
+        views: of its heads in the first text.
         place: the file that it is in.
         where: it comes from.
     """
+    plan = found.plan
     n, kl = plan.calibrated_length, plan.predicted_kl
     heads = plan.model.layers * plan.model.heads
-    found = Counter(in_words(head.setting, n) for layer in plan.heads for head in layer)
-    words = tuple(tuple(in_words(head.setting, n) for head in layer) for layer in plan.heads)
-    errors = tuple(tuple(rounded(head.error) for head in layer) for layer in plan.heads)
-    costs = tuple(tuple(rounded(head.cost) for head in layer) for layer in plan.heads)
+    settings = Counter(in_words(head.setting, n) for layer in plan.heads for head in layer)
     mean = sum(head.cost for layer in plan.heads for head in layer) / heads
     notes = [
         f"plan written to {place}",
@@ -79,8 +102,8 @@ def plan_as_report(plan: Plan, place: Path, where: Provenance) -> Report:
     ]
     if not plan.approximated:
         notes.append(
-            "No head is approximated: no setting was both good enough and faster. A longer text or a "
-            "larger tolerance may change that."
+            "No head is approximated: no setting was both good enough and faster. A longer text, a "
+            "larger tolerance, or a machine that does nothing else meanwhile may change that."
         )
     return Report(
         title=f"Plan for {where.model}",
@@ -93,11 +116,9 @@ def plan_as_report(plan: Plan, place: Path, where: Provenance) -> Report:
             ("exact up to, tokens", plan.min_length),
             ("attention time / exact, by heads", rounded(mean, 3)),
         ),
-        maps=(
-            HeadMap("Setting", "", words),
-            HeadMap("Error estimate, 0 for exact heads", "relative error, 95 % bound", errors),
-            HeadMap("Time", "of exact attention's", costs),
-        ),
-        tables=(Table("Settings", ("setting", "heads"), tuple(found.most_common())),),
+        maps=plan_maps(plan, n),
+        heads=tuple(views),
+        charts=(trade_off_chart(found),),
+        tables=(Table("Settings", ("setting", "heads"), tuple(settings.most_common())),),
         notes=tuple(notes),
     )

@@ -12,9 +12,12 @@ from ..integrations.compare import Comparison, compare_plan
 from ..integrations.models import load_model
 from ..integrations.texts import read_texts, text_tokens
 from ..plan import Plan
+from ..plan.trade_off import place_of
 from ..report.content import Cell, Chart, Line, Provenance, Report, Source, Table
+from .plan_maps import plan_maps
 from .progress import one_bar
 from .results import check_outputs, deliver, provenance, rounded, source
+from .trade_off import ATTENTION_COST
 
 _KL = "KL(exact || plan), nats"
 _FASTER = "exact time / plan time"
@@ -128,22 +131,8 @@ def comparison_report(
             ("prompt, tokens", prompt),
             *((f"{name}, mean", mean(name)) for name in _SUMMED),
         ),
-        charts=(
-            Chart(
-                title="Time and agreement, one point for each text",
-                x_title=f"whole prompt, {_FASTER}",
-                y_title=_KL,
-                lines=(
-                    Line(
-                        "texts",
-                        tuple(own[f"prompt, {_FASTER}"] for own in figures),
-                        tuple(own[_KL] for own in figures),
-                        tuple(one.name for one, _ in found),
-                        joined=False,
-                    ),
-                ),
-            ),
-        ),
+        maps=plan_maps(plan, prompt),
+        charts=(_chart(plan, figures, [one.name for one, _ in found]),),
         tables=(
             Table(
                 "Texts",
@@ -152,6 +141,33 @@ def comparison_report(
             ),
         ),
         notes=tuple(notes),
+    )
+
+
+def _chart(plan: Plan, figures: Sequence[dict[str, float]], names: Sequence[str]) -> Chart:
+    """Return error against cost: every text as it was measured, and what the plan predicts."""
+    predicted = place_of(plan.heads, plan.predicted_kl)
+    of = f"predicted at {plan.calibrated_length:,} tokens"
+    return Chart(
+        title="Error against cost, one point for each text",
+        x_title=ATTENTION_COST,
+        y_title=_KL,
+        lines=(
+            Line(
+                "measured",
+                tuple(
+                    rounded(own["attention, plan, s"] / own["attention, exact, s"]) for own in figures
+                ),
+                tuple(own[_KL] for own in figures),
+                tuple(names),
+                joined=False,
+            ),
+        ),
+        marked=(
+            None
+            if plan.predicted_kl is None
+            else (rounded(predicted.cost), rounded(predicted.error), of)
+        ),
     )
 
 

@@ -19,7 +19,7 @@ _ENTRIES = 1 << 19
 
 
 class Shared(NamedTuple):
-    """The same keys for all blocks of queries of a head."""
+    """The same keys for all blocks of queries of a head, in the order of tokens."""
 
     key: Tensor
     """``(R, p, d)``."""
@@ -27,6 +27,19 @@ class Shared(NamedTuple):
     """``(R, p, d_v)``."""
     bias: Tensor
     """``(R, c, p)``."""
+
+    def stretches(self, blocks: int) -> list[Shared]:
+        """Return for each so many blocks of queries the keys up to the last one that they see."""
+        seen = (self.bias > -torch.inf).any(0)
+        more = -len(seen) % blocks
+        seen = torch.nn.functional.pad(seen, (0, 0, 0, more)).unflatten(0, (-1, blocks)).any(1)
+        places = torch.arange(1, seen.shape[1] + 1, device=seen.device)
+        return [
+            Shared(self.key[:, :stop], self.value[:, :stop], own[..., :stop])
+            for stop, own in zip(
+                (seen * places).amax(1).tolist(), self.bias.split(blocks, dim=1), strict=True
+            )
+        ]
 
 
 class Gathered(NamedTuple):

@@ -50,8 +50,9 @@ def hybrid_attention(
         query: ``(B, H, n, d)``; float64, float32, bfloat16 or float16.
         key: ``(B, H_kv, n, d)``, same dtype and device.
         value: ``(B, H_kv, n, d_v)``, same dtype and device.
-        window: the latest keys that a query sees, in tokens, its own included. With blocks or segments
-            it reaches back to the edge of a block, up to 190 tokens more.
+        window: the latest keys that a query sees, in tokens, its own included. With columns, blocks or
+            segments it reaches back to the edge of a block, up to 190 tokens more, which costs nothing;
+            strictly with blocks or segments alone, up to 126 more.
         sinks: first tokens that every query sees.
         columns: heaviest single keys that every later query of a head sees, found from sampled rows.
         blocks: blocks of 64 keys for each block of 128 queries, found from four rows of each; in the

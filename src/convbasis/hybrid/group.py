@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .beyond import Gathered, attention_beyond
+from .beyond import Gathered, Shared, attention_beyond
 from .columns import column_attention, column_keys
 from .correction import corrected
 from .estimate import error_bound
@@ -19,6 +19,8 @@ from .segments import segment_keys
 from .selection import block_keys, heaviest, heavy_blocks, seen_columns
 from .settings import Settings
 from .window import BLOCK, Window, window_attention
+
+_STRETCH = 2048  # rows that are attended together
 
 
 class Group(NamedTuple):
@@ -41,14 +43,14 @@ class Group(NamedTuple):
 
 
 class Beyond(NamedTuple):
-    """Attention to keys before the windows."""
+    """Keys before the windows."""
 
-    output: Tensor
-    """``(R, c·w, d_v)``, for c blocks of w queries."""
-    lse: Tensor
-    """``(R, c·w)``."""
+    shared: list[Shared]
+    """Those that all blocks of queries share."""
+    gathered: list[Gathered]
+    """Those that each block of queries takes for itself."""
     parts: tuple[str, ...]
-    """Names of what it holds."""
+    """Names of what they are."""
     keys: float
     """Keys of a query, in the mean."""
 
@@ -59,44 +61,28 @@ def attend_group(
     """Return attention of R heads ``(R, n, d)`` that share key and value ``(1, n, ·)``."""
     n = query.shape[1]
     window = Window(settings.window, settings.shared)
-    output, lse = window_attention(query, key, value, window, 0, scale)
     parts = ["window"]
     keys = float(min(n, settings.window))
     begin = window.begin
     if begin >= n:
+        output, lse = window_attention(query, key, value, window, 0, scale)
         return Group(output, lse, *no_estimate(query), tuple(parts), keys, 0)
     with torch.no_grad():
         sampled, mass, rows = _fitted(query, key, settings, scale, begin, window)
         columns = heaviest(mass, n, settings.sinks, settings.columns)
     if settings.shared > 1:
-        length = -(-n // window.shared) * window.shared
-        q = lengthened(query, length)
-        k, v = (lengthened(tensor, -(-n // BLOCK) * BLOCK) for tensor in (key, value))
-        chosen = None
-        if settings.blocks:
-            with torch.no_grad():
-                before = blocks_before(window, 0, length, query.device)
-                chosen = heavy_blocks(
-                    q,
-                    k,
-                    columns,
-                    before,
-                    settings.blocks,
-                    window.shared,
-                    scale,
-                    settings.seed,
-                    real=n,
-                )
         weighing = sampled if settings.key_weights else None
-        more = attend_beyond(q, k, v, n, 0, columns, chosen, settings, scale, weighing)
-        output, lse = merge(output, lse, more.output[:, :n], more.lse[:, :n])
-        parts += more.parts
-        keys += more.keys
-    elif columns.shape[-1]:
-        far = column_attention(query, key, value, columns, window, scale)
-        output, lse = merge(output, lse, *far)
-        parts.append("columns")
-        keys += columns.shape[-1]
+        beyond = _beyond(query, key, value, columns, settings, scale, weighing)
+        output, lse = _near_and_beyond(query, key, value, window, beyond, scale)
+        parts += beyond.parts
+        keys += beyond.keys
+    else:
+        output, lse = window_attention(query, key, value, window, 0, scale)
+        if columns.shape[-1]:
+            far = column_attention(query, key, value, columns, window, scale)
+            output, lse = merge(output, lse, *far, overwrite=True)
+            parts.append("columns")
+            keys += columns.shape[-1]
     if settings.far_field == "conv" and sampled is not None:
         seen = seen_columns(columns, n, n)
         output, lse = merge(
@@ -114,7 +100,66 @@ def attend_group(
     return Group(output, lse, mean, bound, tuple(parts), float(keys), rows)
 
 
-def attend_beyond(
+def _beyond(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    columns: Tensor,
+    settings: Settings,
+    scale: float,
+    sampled: SampledRows | None,
+) -> Beyond:
+    """Return the keys before the windows of all queries; see `keys_beyond`."""
+    n = query.shape[1]
+    q = lengthened(query, -(-n // settings.shared) * settings.shared)
+    k, v = (lengthened(tensor, -(-n // BLOCK) * BLOCK) for tensor in (key, value))
+    chosen = None
+    if settings.blocks:
+        window = Window(settings.window, settings.shared)
+        with torch.no_grad():
+            before = blocks_before(window, 0, q.shape[1], query.device)
+            chosen = heavy_blocks(
+                q, k, columns, before, settings.blocks, window.shared, scale, settings.seed, real=n
+            )
+    return keys_beyond(q, k, v, n, 0, columns, chosen, settings, scale, sampled)
+
+
+def _near_and_beyond(
+    query: Tensor, key: Tensor, value: Tensor, window: Window, beyond: Beyond, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return attention to the windows and beyond, and its log-sum-exp.
+
+    Some rows at a time, so that what is merged is still in the processor's caches; all rows at once
+    where blocks of queries take keys for themselves, which is fastest in an order of its own.
+    """
+    n = query.shape[1]
+    step = -(-n // window.shared) * window.shared if beyond.gathered else _STRETCH
+    stretches = zip(*(x.stretches(step // window.shared) for x in beyond.shared), strict=True)
+    outputs, sums = [], []
+    for low in range(0, n, step):
+        high = min(n, low + step)
+        own = query[:, low:high]
+        output, lse = window_attention(own, key[:, :high], value[:, :high], window, low, scale)
+        shared = next(stretches, ())
+        if high > window.begin:
+            own = lengthened(own, -(-(high - low) // window.shared) * window.shared)
+            more = attention_beyond(own, window.shared, shared, beyond.gathered, scale)
+            seen = (x[:, : high - low] for x in more)
+            output, lse = merge(output, lse, *seen, overwrite=True)
+        outputs.append(output)
+        sums.append(lse)
+    if len(outputs) == 1:
+        return outputs[0], sums[0]
+    return torch.cat(outputs, dim=1), torch.cat(sums, dim=1)
+
+
+def nothing(query: Tensor, value: Tensor) -> Group:
+    """Return attention of no tokens."""
+    output = value.new_zeros((*query.shape[:2], value.shape[-1]))
+    return Group(output, query.new_zeros(query.shape[:2]), *no_estimate(query), (), 0.0, 0)
+
+
+def keys_beyond(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -126,7 +171,7 @@ def attend_beyond(
     scale: float,
     sampled: SampledRows | None,
 ) -> Beyond:
-    """Return attention of blocks of queries to columns, chosen blocks and segments before windows.
+    """Return the columns, chosen blocks and segments before the windows of blocks of queries.
 
     Args:
         query: ``(R, c·w, d)``, whole blocks, of w = settings.shared queries, from token offset on.
@@ -166,8 +211,7 @@ def attend_beyond(
     for x in gathered:
         taken = x.taken.shape[2] if x.counts is None else float(x.counts.double().mean())
         keys += taken * x.key.shape[2]
-    output, lse = attention_beyond(query, window.shared, shared, gathered, scale)
-    return Beyond(output, lse, tuple(parts), keys)
+    return Beyond(shared, gathered, tuple(parts), keys)
 
 
 def blocks_before(window: Window, low: int, high: int, device: torch.device) -> Tensor:

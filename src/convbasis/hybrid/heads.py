@@ -1,17 +1,21 @@
-"""All heads of a batch, one key-value head at a time, and what is known about the result."""
+"""All heads of a batch, each for itself, and what is known about the result."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..checks import compute_dtype
-from .group import attend_group
+from ..workers import run_all
+from .group import Group, attend_group, nothing
 from .settings import Settings
 from .strict import Running, at_the_start, attend_strictly
+
+_OF_HEADS = ("output", "lse", "mean", "bound")  # what a group knows of each of its heads
 
 
 class HybridDispatch(NamedTuple):
@@ -42,6 +46,17 @@ class HybridStats(NamedTuple):
     """``(B, H)`` float64, the estimate itself."""
 
 
+class Together(NamedTuple):
+    """Heads of one sequence that share keys and settings: one piece of work."""
+
+    sequence: int
+    """Its number in the batch."""
+    heads: list[int]
+    """Numbers of query heads."""
+    settings: Settings
+    """What they compute."""
+
+
 def attend_heads(
     query: Tensor,
     key: Tensor,
@@ -52,7 +67,7 @@ def attend_heads(
     estimated: bool,
     running: Sequence[Running] | None = None,
 ) -> tuple[HybridStats, list[Running]]:
-    """Run sequence by sequence, and within one by key-value head.
+    """Attend with all heads of all sequences by the same settings.
 
     Args:
         query: ``(B, H, m, d)``, of the last m tokens.
@@ -62,58 +77,110 @@ def attend_heads(
         scale: factor of the logits.
         mask: ``(B, n)`` of real tokens, for m = n; None for all.
         estimated: whether to estimate errors.
-        running: what strict choices are made from, for each sequence and key-value head in it; None at
-            the start.
+        running: what strict choices are made from, as returned for the tokens before; None at first.
 
     Returns:
         the attention, and what the choices of later tokens are made from, empty unless strict.
     """
-    batch, heads, n, _ = query.shape
+    batch, heads = query.shape[:2]
+    own = [settings] * heads
+    pieces = [piece for b in range(batch) for piece in pieces_of_work(query, key, b, own)]
+    groups, after = attend_pieces(query, key, value, pieces, scale, mask, estimated, running)
+    output, lse, mean, bound = (
+        parts[0] if len(parts) == 1 else torch.cat(parts)
+        for parts in ([getattr(group, name) for group in groups] for name in _OF_HEADS)
+    )
+    ran = [group for group in groups if group.parts]
+    dispatch = HybridDispatch(
+        ran[-1].parts if ran else (),
+        sum(group.keys for group in ran) / max(1, len(ran)),
+        ran[-1].rows if ran else 0,
+    )
+    of_batch = (batch, heads)
+    stats = HybridStats(
+        output.unflatten(0, of_batch),
+        lse.unflatten(0, of_batch),
+        bound.view(of_batch),
+        dispatch,
+        mean.view(of_batch),
+    )
+    return stats, after
+
+
+def pieces_of_work(
+    query: Tensor, key: Tensor, sequence: int, settings: Sequence[Settings | None]
+) -> list[Together]:
+    """Return the heads of a sequence, each with what shares its work; those without settings left out.
+
+    An accelerator takes heads that share keys and settings at once; on a processor each is by itself.
+    """
+    if query.device.type == "cpu":
+        return [Together(sequence, [head], own) for head, own in enumerate(settings) if own is not None]
+    sharing = query.shape[1] // key.shape[1]
+    found: dict[tuple[int, Settings], list[int]] = {}
+    for head, own in enumerate(settings):
+        if own is not None:
+            found.setdefault((head // sharing, own), []).append(head)
+    return [Together(sequence, heads, own) for (_, own), heads in found.items()]
+
+
+def attend_pieces(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pieces: Sequence[Together],
+    scale: float,
+    mask: Tensor | None,
+    estimated: bool,
+    running: Sequence[Running] | None = None,
+) -> tuple[list[Group], list[Running]]:
+    """Return the attention of each piece of work; several run at the same time, in this order.
+
+    Other arguments, and what is returned beside, are those of `attend_heads`.
+
+    Returns:
+        for each piece output ``(R, m, d_v)`` in the dtype of the query and lse ``(R, m)``; 0 and -inf
+        at padding.
+    """
     work = compute_dtype(query.dtype)
-    group = heads // key.shape[1]
-    bound = torch.zeros((2, batch, heads), dtype=torch.float64, device=query.device)
-    parts: tuple[str, ...] = ()
-    keys, rows, runs = 0.0, 0, 0
-    outputs, sums, left = [], [], list[Running]()
-    with torch.autocast(query.device.type, enabled=False):
-        for b in range(batch):
-            real = None if mask is None or bool(mask[b].all()) else mask[b].nonzero()[:, 0]
-            if real is not None and not len(real):
-                outputs.append(query.new_zeros((heads, n, value.shape[-1])))
-                sums.append(query.new_full((heads, n), -torch.inf, dtype=work))
-                continue
-            of_heads = []
-            for h in range(key.shape[1]):
-                q, k, v = (
-                    (tensor if real is None else tensor.index_select(1, real)).to(work)
-                    for tensor in (
-                        query[b, h * group : (h + 1) * group],
-                        key[b, h : h + 1],
-                        value[b, h : h + 1],
-                    )
+    sharing = query.shape[1] // key.shape[1]
+    real = [None] * len(query) if mask is None else [_real(row) for row in mask]
+
+    def attend(number: int) -> tuple[Group, Running | None]:
+        b, heads, settings = pieces[number]
+        consecutive = slice(heads[0], heads[-1] + 1)
+        of_queries = consecutive if heads[-1] - heads[0] < len(heads) else heads
+        of_keys = heads[0] // sharing
+        chosen = real[b]
+        q, k, v = (
+            (tensor if chosen is None else tensor.index_select(1, chosen)).to(work)
+            for tensor in (query[b, of_queries], key[b, of_keys, None], value[b, of_keys, None])
+        )
+        after = None
+        with torch.autocast(query.device.type, enabled=False):
+            if not q.shape[1]:
+                found = nothing(q, v)
+            elif not settings.strict:
+                found = attend_group(q, k, v, settings, scale, estimated)
+            else:
+                known = at_the_start(q) if running is None else running[number]
+                found, after = attend_strictly(q, k, v, settings, scale, estimated, known)
+        output = found.output.to(query.dtype)
+        lse = found.lse
+        if chosen is not None:
+            output, lse = (
+                part.new_full((len(part), query.shape[2], *part.shape[2:]), padding).index_copy(
+                    1, chosen, part
                 )
-                if settings.strict:
-                    known = at_the_start(q) if running is None else running[b * key.shape[1] + h]
-                    done, after = attend_strictly(q, k, v, settings, scale, estimated, known)
-                    left.append(after)
-                else:
-                    done = attend_group(q, k, v, settings, scale, estimated)
-                of_heads.append(done)
-                bound[:, b, h * group : (h + 1) * group] = torch.stack([done.mean, done.bound])
-                parts, rows = done.parts, done.rows
-                keys, runs = keys + done.keys, runs + 1
-            found = torch.cat([done.output for done in of_heads]).to(query.dtype)
-            lse_found = torch.cat([done.lse for done in of_heads])
-            if real is not None:
-                found = found.new_zeros((heads, n, found.shape[-1])).index_copy(1, real, found)
-                hidden = lse_found.new_full((heads, n), -torch.inf)
-                lse_found = hidden.index_copy(1, real, lse_found)
-            outputs.append(found)
-            sums.append(lse_found)
-    dispatch = HybridDispatch(parts, keys / max(1, runs), rows)
-    stats = HybridStats(_stacked(outputs), _stacked(sums), bound[1], dispatch, bound[0])
-    return stats, left
+                for part, padding in ((output, 0.0), (lse, -torch.inf))
+            )
+        return found._replace(output=output, lse=lse), after
+
+    tasks = [partial(attend, number) for number in range(len(pieces))]
+    done = run_all(tasks, (query, key, value))
+    return [group for group, _ in done], [after for _, after in done if after is not None]
 
 
-def _stacked(parts: list[Tensor]) -> Tensor:
-    return parts[0][None] if len(parts) == 1 else torch.stack(parts)
+def _real(row: Tensor) -> Tensor | None:
+    """Return the positions of real tokens, None if all are."""
+    return None if bool(row.all()) else row.nonzero()[:, 0]

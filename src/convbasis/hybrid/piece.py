@@ -47,7 +47,9 @@ def piece_attention(
     return _forward(query, key, value, scale, bias, visible)
 
 
-def merge(output: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
+def merge(
+    output: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor, *, overwrite: bool = False
+) -> tuple[Tensor, Tensor]:
     """Return attention over the union of two disjoint sets of keys, from that over each.
 
     Args:
@@ -55,10 +57,13 @@ def merge(output: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[
         lse: ``(...)``, finite.
         more: ``(..., d_v)``.
         more_lse: ``(...)``; -inf where the second set is empty.
+        overwrite: whether the result may take the place of `output`.
     """
-    share = (more_lse - lse).sigmoid()
-    merged = torch.lerp(output, more, share[..., None].to(output.dtype))
-    return merged, torch.logaddexp(lse, more_lse)
+    share = (more_lse - lse).sigmoid()[..., None].to(output.dtype)
+    together = torch.logaddexp(lse, more_lse)
+    if not overwrite or (torch.is_grad_enabled() and (output.requires_grad or more.requires_grad)):
+        return torch.lerp(output, more, share), together
+    return output.lerp_(more, share), together
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor) -> bool:

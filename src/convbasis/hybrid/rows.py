@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .piece import piece_attention
 
-_TOGETHER = 64  # rows that are computed over the keys of the last of them
+_TOGETHER = 32  # rows that are computed over the keys of the last of them
 
 
 def exact_rows(

@@ -30,7 +30,9 @@ class Settings(NamedTuple):
     @property
     def shared(self) -> int:
         """Queries whose windows begin at the same key, at the edge of a block; 1 for each its own."""
-        if not self.blocks and self.far_field != "segments":
+        if self.far_field == "conv":
+            return 1
+        if not self.blocks and self.far_field == "none" and (self.strict or not self.columns):
             return 1
         # Strictly, blocks are chosen by the queries before: the fewer share, the nearer those are.
         return BLOCK if self.strict else QUERIES

@@ -12,12 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .beyond import attention_beyond
 from .columns import column_attention
 from .group import (
     Group,
-    attend_beyond,
     blocks_before,
     estimate,
+    keys_beyond,
     lengthened,
     no_estimate,
 )
@@ -161,11 +162,12 @@ def _far_rows(
                 together=1,
                 each=True,
             )
-    more = attend_beyond(
+    beyond = keys_beyond(
         blocks, known_key, known_value, high, edge, columns, chosen, settings, scale, None
     )
+    output, lse = attention_beyond(blocks, BLOCK, beyond.shared, beyond.gathered, scale)
     part = slice(low - edge, high - edge)
-    return more.output[:, part], more.lse[:, part], more.parts, more.keys
+    return output[:, part], lse[:, part], beyond.parts, beyond.keys
 
 
 def _merged(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -42,8 +43,21 @@ class Window(NamedTuple):
         return -(-self.tokens // BLOCK) * BLOCK
 
 
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # later calls may record gradients
+def _mask_of_groups(window: Window, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return what hides keys from a whole group of queries, the same for each; nobody writes to it."""
+    rows = torch.arange(QUERIES, device=device)
+    return _hidden(window, rows, torch.arange(-window.reach, QUERIES, device=device), dtype)
+
+
 def window_attention(
-    query: Tensor, key: Tensor, value: Tensor, window: Window, offset: int, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: Window,
+    offset: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Return attention over the windows, and its log-sum-exp.
 
@@ -134,9 +148,7 @@ def _groups(
     def windows(tensor: Tensor) -> Tensor:
         return tensor[:, low - reach : high].unfold(1, reach + QUERIES, QUERIES).permute(1, 0, 3, 2)
 
-    index = torch.arange(QUERIES, device=query.device)
-    keys = torch.arange(-reach, QUERIES, device=query.device)
     own = query[:, low - offset : high - offset].unflatten(1, (-1, QUERIES)).transpose(0, 1)
-    hidden = _hidden(window, index, keys, query.dtype)
-    output, lse = piece_attention(own, windows(key), windows(value), scale, hidden, _every_row(query))
+    mask = _mask_of_groups(window, query.dtype, query.device)
+    output, lse = piece_attention(own, windows(key), windows(value), scale, mask, _every_row(query))
     return [(output.transpose(0, 1).flatten(1, 2), lse.transpose(0, 1).flatten(1, 2))]

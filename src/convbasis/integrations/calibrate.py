@@ -4,23 +4,38 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from ..checks import check_nonnegative, describe
 from ..errors import InputError
 from ..plan import HeadSetting, ModelShape, Plan
-from ..plan.choice import choose
+from ..plan.choice import Chosen, choose
 from ..plan.ladder import Costs, Measured, default_ladder, measure, measure_costs
 from .capture import CapturedLayer, observe_layers
 from .checkpoint import Checkpoint, weights_sha256
 from .sensitivity import head_sensitivities
 
 _COSTS, _SENSITIVITIES = "costs", "sensitivities"
+_WORTH_IT = 0.9  # a plan's cost that it is applied for: heads that fall back cost more
+
+
+class Calibration(NamedTuple):
+    """A plan, and all that it was chosen from."""
+
+    plan: Plan
+    ladder: tuple[HeadSetting, ...]
+    measured: list[list[Measured]]
+    """For each text, for each layer."""
+    costs: list[float]
+    """Of each setting at the calibrated length, as in `Costs`."""
+    allowed: float
+    """The part of the tolerance that the texts may use."""
+    sensitivities: list[list[float]] | None
+    """As `head_sensitivities` finds them; None without a budget."""
 
 
 def calibrate(
@@ -55,7 +70,8 @@ def calibrate(
             sizes.
         checkpoint: a JSON file that keeps what is measured, layer by layer; a run that was stopped goes
             on where it was.
-        progress: called with the number of layers done and of all.
+        progress: called with the number of layers done and of all; what errors do to the model counts
+            as one more.
         seed: of everything sampled.
 
     Returns:
@@ -74,6 +90,32 @@ def calibrate(
         >>> plan = cb.calibrate(model, token_ids, tolerance=0.3)  # doctest: +SKIP
         >>> plan.save("plan.json")  # doctest: +SKIP
     """
+    return calibration(
+        model,
+        token_ids,
+        tolerance=tolerance,
+        margin=margin,
+        budget=budget,
+        ladder=ladder,
+        checkpoint=checkpoint,
+        progress=progress,
+        seed=seed,
+    ).plan
+
+
+def calibration(
+    model: Any,
+    token_ids: Tensor | Sequence[Tensor],
+    *,
+    tolerance: float,
+    margin: float,
+    budget: float | None,
+    ladder: Sequence[HeadSetting] | None = None,
+    checkpoint: str | Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    seed: int = 0,
+) -> Calibration:
+    """Return what `calibrate` finds, with the measurements; arguments and errors are its own."""
     if not check_nonnegative("tolerance", tolerance) > 0:
         raise InputError("tolerance=0 allows no approximation; give a positive relative error")
     if not 0 < check_nonnegative("margin", margin) <= 1:
@@ -99,7 +141,7 @@ def calibrate(
         },
         "model, weights, texts, ladder or seed",
     )
-    total = len(texts) * shape.layers
+    total = len(texts) * shape.layers + (budget is not None)
     for index, text in enumerate(texts):
 
         def observe(layer: int, given: CapturedLayer, index: int = index) -> None:
@@ -114,16 +156,31 @@ def calibrate(
         observe_layers(model, text, observe)
     if budget is not None and _SENSITIVITIES not in kept:
         kept.add(_SENSITIVITIES, head_sensitivities(model, texts[0], seed=seed))
+    if budget is not None and progress is not None:
+        progress(total, total)
     layers = range(shape.layers)
     measured = [[_measured(kept, index, layer) for layer in layers] for index in range(len(texts))]
     costs = Costs(**kept[_COSTS])
     effects = None if budget is None else kept[_SENSITIVITIES]
-    chosen = choose(measured, costs.costs, steps, margin * tolerance, budget, effects)
-    usual = Counter(
-        head.setting for layer in chosen.heads for head in layer if head.setting is not None
-    )
-    shortest = n if not usual else costs.shortest[steps.index(usual.most_common(1)[0][0])]
-    return Plan(shape, digest, float(tolerance), n, shortest, chosen.heads, chosen.predicted_kl)
+    allowed = margin * tolerance
+    chosen = choose(measured, costs.costs[-1], steps, allowed, budget, effects)
+    shortest = _crossover(chosen, costs, steps)
+    plan = Plan(shape, digest, float(tolerance), n, shortest, chosen.heads, chosen.predicted_kl)
+    return Calibration(plan, steps, measured, costs.costs[-1], allowed, effects)
+
+
+def _crossover(chosen: Chosen, costs: Costs, ladder: Sequence[HeadSetting]) -> int:
+    """Return the longest measured prompt for which the plan saves next to nothing, 0 for none."""
+    settings = [head.setting for layer in chosen.heads for head in layer]
+    place: dict[HeadSetting | None, int] = {setting: index for index, setting in enumerate(ladder)}
+    place[None] = len(ladder)
+    shortest = 0
+    for n, of_settings in zip(costs.lengths, costs.costs, strict=True):
+        with_exact = [*of_settings, 1.0]
+        total = sum(with_exact[place[setting]] for setting in settings)
+        if total > _WORTH_IT * len(settings):
+            shortest = n
+    return shortest
 
 
 def _measured(kept: Checkpoint, text: int, layer: int) -> Measured:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from inspect import signature
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..hybrid import hybrid_attention, hybrid_attention_stats
+from ..checks import check_finite, check_qkv
+from ..hybrid import hybrid_attention
+from ..hybrid.heads import attend_pieces, pieces_of_work
+from ..hybrid.settings import Settings, check_settings
 from ..plan import ConcreteSetting, HeadPlan
 
 
@@ -45,37 +49,45 @@ def planned_prefill(
             prompt; None leaves every head as it is.
     """
     batch, count, n, _ = query.shape
+    check_qkv(query, key, value, True)
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        check_finite(name, tensor, None if padding is None else padding[:, None, :, None])
+    settings = [None if head.setting is None else _settings(head.setting.at(n)) for head in heads]
+    pieces = [piece for b in range(batch) for piece in pieces_of_work(query, key, b, settings)]
+    # The longest first: then all threads end at about the same time.
+    pieces.sort(key=lambda piece: -heads[piece.heads[0]].cost * len(piece.heads))
+    found, _ = attend_pieces(query, key, value, pieces, scale, padding, tolerance is not None)
     output = query.new_zeros(batch, count, n, value.shape[-1])
-    by_setting: dict[ConcreteSetting, list[int]] = {}
-    for head, planned in enumerate(heads):
-        if planned.setting is not None:
-            by_setting.setdefault(planned.setting.at(n), []).append(head)
     approximated = torch.zeros(batch, count, dtype=torch.bool)
     fallen_back = torch.zeros(batch, count, dtype=torch.bool)
-    for setting, members in by_setting.items():
-        stats = hybrid_attention_stats(
-            *of_heads(members, query, key, value),
-            **setting._asdict(),
-            scale=scale,
-            enable_gqa=True,
-            key_padding_mask=padding,
-        )
-        output[:, members] = stats.output
-        approximated[:, members] = True
+    for (b, members, _), group in zip(pieces, found, strict=True):
+        output[b, members] = group.output
+        approximated[b, members] = True
         if tolerance is not None:
-            fallen_back[:, members] = ~(stats.error_estimate <= tolerance).cpu()
+            fallen_back[b, members] = ~(group.bound <= tolerance).cpu()
     for row, exact in enumerate((~approximated | fallen_back).tolist()):
         members = [head for head in range(count) if exact[head]]
         if members:
             real = slice(None) if padding is None else padding[row].nonzero()[:, 0]
             chosen = of_heads(members, *(x[row : row + 1, :, real] for x in (query, key, value)))
-            found = scaled_dot_product_attention(*chosen, is_causal=True, scale=scale, enable_gqa=True)
+            attended = scaled_dot_product_attention(
+                *chosen, is_causal=True, scale=scale, enable_gqa=True
+            )
             places = torch.tensor(members, device=query.device)
             if padding is None:
-                output[row, places] = found[0]
+                output[row, places] = attended[0]
             else:
-                output[row, places[:, None], real] = found[0]
+                output[row, places[:, None], real] = attended[0]
     return Prefill(output, fallen_back)
+
+
+def _settings(sizes: ConcreteSetting) -> Settings:
+    """Return the arguments of hybrid attention, those that a plan does not know by default."""
+    defaults = signature(hybrid_attention).parameters
+    others = {name: defaults[name].default for name in ("num_segments", "samples", "seed")}
+    settings = Settings(**sizes._asdict(), **others)
+    check_settings(settings)
+    return settings
 
 
 def sliding_prefill(

@@ -10,24 +10,21 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from ..decompose import decompose
 from ..errors import InputError
-from ..hybrid import hybrid_attention
-from ..hybrid.sampling import SampledRows, sampled_rows, spread_rows
+from ..hybrid.sampling import SampledRows
 from ..hybrid.selection import heaviest, seen_columns
 from ..plan import HeadSetting, ModelShape
 from ..plan.ladder import default_ladder, measure, measure_costs
 from .capture import CapturedLayer, observe_layers
 from .checkpoint import Checkpoint, weights_sha256
+from .views import SeenHead, best_settings, both_samples, lag_weights, rounded_row, see_heads
 
 TOLERANCES = (0.5, 1.0, 2.0, 4.0)
 """Of the logits' decomposition, in nats."""
 TILES = 64
 """Tiles of a seen head, across and down, at most."""
-_SAMPLES = 128  # rows of exact attention, half of them to find columns, half to weigh them
-_DIGITS = 5
 _COSTS = "costs"
 
 
@@ -45,15 +42,6 @@ class Lengths(NamedTuple):
 def lengths(n: int) -> Lengths:
     """Return what is looked at in a text of n tokens."""
     return Lengths(min(256, n), min(256, max(1, n // 8)), min(60, max(1, n // 16)))
-
-
-class SeenHead(NamedTuple):
-    """Attention of a head over a whole text, as shares of tiles: rows add up to 1."""
-
-    setting: int
-    """Which of the ladder's stands for it: the one with the smallest error."""
-    exact: list[list[float]]
-    approximate: list[list[float]]
 
 
 class LayerProfile(NamedTuple):
@@ -75,14 +63,6 @@ class LayerProfile(NamedTuple):
     """Of each setting, as in `Costs`: the same for all layers."""
     seen: list[SeenHead]
     """Empty for layers that are not looked at from near."""
-
-
-def lag_bands(n: int) -> list[int]:
-    """Return the first lag of each band: single lags up to 16, then about 4 bands for each doubling."""
-    firsts = list(range(min(n, 17)))
-    while firsts[-1] * 1.19 < n - 1:
-        firsts.append(max(firsts[-1] + 1, round(firsts[-1] * 1.19)))
-    return firsts
 
 
 def profile_layers(
@@ -142,7 +122,7 @@ def profile_layers(
             return
         # Times first: an analysis that was stopped later goes on with the same.
         if _COSTS not in kept:
-            kept.add(_COSTS, measure_costs(*given, steps).costs)
+            kept.add(_COSTS, measure_costs(*given, steps).costs[-1])
         if str(layer) not in kept:
             found = profile(given, steps, kept[_COSTS], seed, layer in seen)
             views = [view._asdict() for view in found.seen]
@@ -194,79 +174,25 @@ def profile(
     near, columns, weights = [], [], []
     for group in range(key.shape[1]):
         own = query[0, group * sharing : (group + 1) * sharing]
-        rows = [spread_rows(0, n, _SAMPLES // 2, parity, seed) for parity in (0, 1)]
-        to_find, to_weigh = (sampled_rows(own, key[0, group : group + 1], r, given.scale) for r in rows)
+        # Columns are found in one half of the rows, and weighed in the other.
+        to_find, to_weigh = both_samples(own, key[0, group : group + 1], given.scale, seed)
         near += _near_mass(to_weigh, sizes.near)
         columns += _column_mass(to_find, to_weigh, sizes)
-        weights += _lag_weights([to_find, to_weigh])
+        weights += lag_weights([to_find, to_weigh])
     measured = measure(query, key, value, given.scale, ladder, seed)
-    views = _views(query, key, given.scale, ladder, measured.bounds, seed) if seen else []
+    best = best_settings(measured.bounds)
+    views = see_heads(query, key, given.scale, ladder, best, TILES, seed) if seen else []
     return LayerProfile(ranks, near, columns, weights, *measured, list(costs), views)
 
 
 def _near_mass(sampled: SampledRows, near: int) -> list[float]:
     keys = torch.arange(sampled.weights.shape[-1])
     within = keys > sampled.rows[:, None] - near
-    return _rounded((sampled.weights * within).sum(-1).mean(-1))
+    return rounded_row((sampled.weights * within).sum(-1).mean(-1))
 
 
 def _column_mass(to_find: SampledRows, to_weigh: SampledRows, sizes: Lengths) -> list[float]:
     n = to_find.weights.shape[-1]
     mass = to_find.mass_before(to_find.rows - sizes.near + 1)
     chosen = seen_columns(heaviest(mass, n, 4, sizes.columns), n, n)[:, :n]
-    return _rounded((to_weigh.weights * chosen[:, None]).sum(-1).mean(-1))
-
-
-def _lag_weights(sampled: list[SampledRows]) -> list[list[float]]:
-    """Return for each head the mean weight at each band of lags, over the rows that have the lag."""
-    n = sampled[0].weights.shape[-1]
-    firsts = torch.tensor(lag_bands(n))
-    total = torch.zeros((len(sampled[0].weights), len(firsts)))
-    count = torch.zeros(len(firsts))
-    for one in sampled:
-        lags = one.rows[:, None] - torch.arange(n)
-        seen = lags >= 0
-        band = torch.searchsorted(firsts, lags[seen], right=True) - 1
-        total.index_add_(1, band, one.weights[:, seen])
-        count.index_add_(0, band, torch.ones(len(band)))
-    return [_rounded(row) for row in total / count.clamp(min=1)]
-
-
-def _views(
-    query: Tensor,
-    key: Tensor,
-    scale: float,
-    ladder: Sequence[HeadSetting],
-    bounds: list[list[float]],
-    seed: int,
-) -> list[SeenHead]:
-    """Return every head over tiles; values that name a key's tile make outputs of tiles' shares."""
-    n = query.shape[2]
-    tile = -(-n // TILES)
-    tiles = -(-n // tile)
-    place = torch.arange(n) // tile
-    names = torch.nn.functional.one_hot(place, tiles).to(query.dtype)
-    value = names.expand(1, key.shape[1], n, tiles)
-    counts = names.sum(0)[:, None]
-
-    def shares(output: Tensor) -> list[list[float]]:
-        # Both are shares of earlier tiles; a mean over a segment spreads into no later one.
-        return [_rounded(row) for row in ((names.t() @ output) / counts).tril()]
-
-    exact = scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=scale, enable_gqa=True
-    )
-    best = torch.tensor(bounds).argmin(0).tolist()
-    found: dict[int, SeenHead] = {}
-    for index in sorted(set(best)):
-        output = hybrid_attention(
-            query, key, value.contiguous(), **ladder[index].at(n)._asdict(),
-            scale=scale, enable_gqa=True, seed=seed,
-        )  # fmt: skip
-        for head in (h for h, own in enumerate(best) if own == index):
-            found[head] = SeenHead(index, shares(exact[0, head]), shares(output[0, head]))
-    return [found[head] for head in range(query.shape[1])]
-
-
-def _rounded(row: Tensor) -> list[float]:
-    return [float(f"{value:.{_DIGITS}g}") for value in row.tolist()]
+    return rounded_row((to_weigh.weights * chosen[:, None]).sum(-1).mean(-1))

@@ -56,12 +56,11 @@ class Measured(NamedTuple):
 class Costs(NamedTuple):
     """What the settings of a ladder cost on this machine."""
 
-    costs: list[float]
-    """Time of each setting for the heads of one layer, estimates included, over that of exact
-    attention."""
-    shortest: list[int]
-    """For each setting the longest measured prompt, a power of two, for which it does not pay; 0 for
-    none."""
+    lengths: list[int]
+    """Prompt lengths, increasing: powers of two, and the calibrated length."""
+    costs: list[list[float]]
+    """For each length and setting, its time for the heads of one layer, estimates included, over that
+    of exact attention."""
 
 
 @torch.no_grad()
@@ -94,26 +93,23 @@ def measure(
 def measure_costs(
     query: Tensor, key: Tensor, value: Tensor, scale: float, ladder: Sequence[HeadSetting]
 ) -> Costs:
-    """Return the costs of every setting of a ladder, at full length and at powers of two below.
+    """Return the costs of every setting of a ladder, at powers of two and at full length.
 
     The tensors are those of `measure`; shorter prompts are their beginnings. Times are the least of
     three that take turns: what else runs on a machine only ever adds to them.
     """
     whole = query.shape[2]
-    shorter = [1 << power for power in range(9, whole.bit_length()) if 1 << power < whole]
-    shortest = [0] * len(ladder)
-    costs: list[float] = []
-    for n in (*shorter, whole):
+    lengths = [*(1 << power for power in range(9, whole.bit_length()) if 1 << power < whole), whole]
+    costs = []
+    for n in lengths:
         own = [tensor[:, :, :n].contiguous() for tensor in (query, key, value)]
         times = [[float("inf")] * (len(ladder) + 1)]
         for _ in range(3):
             exact = _seconds(_exact, *own, is_causal=True, scale=scale, enable_gqa=True)
             times.append([exact, *(_seconds(_hybrid, *own, step.at(n), scale, 0) for step in ladder)])
         exact, *ours = map(min, zip(*times, strict=True))
-        costs = [seconds / exact for seconds in ours]
-        if n in shorter or n == 1 << (n.bit_length() - 1):
-            shortest = [n if cost >= 1.0 else at for cost, at in zip(costs, shortest, strict=True)]
-    return Costs(costs, shortest)
+        costs.append([seconds / exact for seconds in ours])
+    return Costs(lengths, costs)
 
 
 def _hybrid(

@@ -63,9 +63,9 @@ def _check_view(place: str, view: HeadView) -> None:
             f"{place} begins at token {view.first} with tiles of {view.tile}; a position from 0 on and "
             "1 token or more are wanted"
         )
-    size = len(view.exact)
-    if size == 0:
-        raise InputError(f"{place}.exact has no rows; leave out the head of which nothing is shown")
+    size = 0 if view.exact is None else len(view.exact)
+    if size == 0 and (view.exact is not None or view.approximate is not None):
+        raise InputError(f"{place}.exact has no rows; None is wanted where a kernel alone is shown")
     for name in ("exact", "approximate"):
         matrix = getattr(view, name)
         if matrix is not None and (len(matrix) != size or any(len(row) != size for row in matrix)):

@@ -50,10 +50,10 @@ class HeadView:
     layer: int
     head: int
     caption: str
-    exact: tuple[tuple[float, ...], ...]
-    """Square and lower-triangular, of a stretch or of means over tiles."""
+    exact: tuple[tuple[float, ...], ...] | None
+    """Square and lower-triangular, of a stretch or of means over tiles; None for a kernel alone."""
     approximate: tuple[tuple[float, ...], ...] | None
-    """The same shape."""
+    """The same shape; None where the head attends exactly, or there is no picture."""
     lags: tuple[int, ...]
     lag_weights: tuple[float, ...]
     """Mean attention weight at each lag."""
@@ -89,6 +89,8 @@ class Chart:
     """A point that stands out, as the plan's, with its name."""
     level: tuple[float, str] | None = None
     """A value of y that means something, as 1 for "no faster", with its name."""
+    crossings: tuple[tuple[float, float, str], ...] = ()
+    """Points where lines cross the level, with their names."""
 
 
 @dataclass(frozen=True)

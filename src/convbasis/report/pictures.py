@@ -36,6 +36,7 @@ def _chart(chart: Chart) -> dict[str, Any]:
         ],
         "marked": chart.marked,
         "level": chart.level,
+        "crossings": chart.crossings,
     }
 
 
@@ -46,14 +47,16 @@ def _view(view: HeadView) -> dict[str, Any]:
         "caption": view.caption,
         "first": view.first,
         "tile": view.tile,
-        "size": len(view.exact),
+        "size": 0 if view.exact is None else len(view.exact),
         "exact": _triangle(view.exact),
-        "approximate": None if view.approximate is None else _triangle(view.approximate),
+        "approximate": _triangle(view.approximate),
         "lags": view.lags,
         "weights": [rounded(weight) for weight in view.lag_weights],
     }
 
 
-def _triangle(matrix: tuple[tuple[float, ...], ...]) -> list[float | int]:
+def _triangle(matrix: tuple[tuple[float, ...], ...] | None) -> list[float | int] | None:
     """Return the lower triangle, row after row."""
+    if matrix is None:
+        return None
     return [rounded(entry, 3) for index, row in enumerate(matrix) for entry in row[: index + 1]]

@@ -37,7 +37,7 @@ def _notes(report: Report) -> str:
 def _heads(report: Report) -> str:
     if not report.maps and not report.heads:
         return ""
-    viewed = {(view.layer, view.head) for view in report.heads}
+    viewed = {(view.layer, view.head) for view in report.heads if view.exact is not None}
     maps = "".join(map_html(one, index, viewed) for index, one in enumerate(report.maps))
     mark = " A dark corner marks heads with pictures." if viewed and maps else ""
     help_text = (
@@ -46,9 +46,7 @@ def _heads(report: Report) -> str:
         if maps
         else ""
     )
-    chooser = (
-        '<label>Heads with pictures <select id="chooser"></select></label>' if report.heads else ""
-    )
+    chooser = '<label>Heads with pictures <select id="chooser"></select></label>' if viewed else ""
     pictures = _HEAD_PICTURES if report.heads else ""
     wide = any(len(one.values[0]) > _BESIDE for one in report.maps)
     layout = "pair" if maps and not wide else "stack"
@@ -65,12 +63,13 @@ def _heads(report: Report) -> str:
 
 def _picture(name: str, title: str, legend: str = "") -> str:
     plot = f'<div class="plot square" id="view-{name}" role="img"></div>'
-    return f"<figure><figcaption>{title}</figcaption>{plot}{legend}</figure>"
+    kind = "" if name == "lags" else ' class="matrix"'
+    return f"<figure{kind}><figcaption>{title}</figcaption>{plot}{legend}</figure>"
 
 
 def _legend(name: str, title: str, kind: str) -> str:
     return (
-        f'<div class="legend" id="legend-{name}"><div class="{kind}" aria-hidden="true"></div>'
+        f'<div class="legend matrix" id="legend-{name}"><div class="{kind}" aria-hidden="true"></div>'
         f'<div class="ticks"></div><p class="muted">{title}</p></div>'
     )
 
@@ -105,6 +104,8 @@ def _chart(chart: Chart, index: int) -> str:
         for line in chart.lines
         for at, (x, y) in enumerate(zip(line.x, line.y, strict=True))
     ]
+    marks = (*((chart.marked,) if chart.marked else ()), *chart.crossings)
+    rows += [(name, x, y, *((None,) if labelled else ())) for x, y, name in marks]
     columns = ("line", chart.x_title, chart.y_title, *(("point",) if labelled else ()))
     beneath = _not_drawn(chart)
     return (

@@ -61,6 +61,19 @@ function drawChart(element, chart) {
         `<br>${plainHover(chart.y.title)}: %{customdata[1]}<extra></extra>`,
     });
   }
+  if (chart.crossings.length) {
+    const points = chart.crossings;
+    traces.push({
+      type: "scatter", mode: "markers+text", x: points.map(([x]) => x), y: points.map(([, y]) => y), showlegend: false,
+      marker: {symbol: "circle-open", size: 14, color: colour("text"), line: {width: 2.5}}, cliponaxis: false,
+      text: points.map(([, , name]) => plain(name)), textfont: {size: 12, color: colour("text")},
+      // Names of neighbours stand above and below by turns, so that they do not cover each other.
+      textposition: points.map((point, at) => (at % 2 ? "bottom right" : "top left")),
+      customdata: points.map(([x, y, name]) => [digits(x), digits(y), plain(name)]),
+      hovertemplate: `<b>%{customdata[2]}</b><br>${plainHover(chart.x.title)}: %{customdata[0]}` +
+        `<br>${plainHover(chart.y.title)}: %{customdata[1]}<extra></extra>`,
+    });
+  }
   draw(element, traces, {
     xaxis: chartAxis(chart.x, xs, true), yaxis: chartAxis(chart.y, ys, false), shapes, annotations,
     margin: {l: 10, r: 16, t: 16, b: 10}, showlegend: traces.length > 1,

@@ -74,6 +74,9 @@ function drawAbsent(id, text) {
 
 function drawView(view) {
   const of = `of layer ${view.layer}, head ${view.head}`;
+  for (const part of document.querySelectorAll("#view-pictures .matrix")) part.hidden = !view.exact;
+  drawLags(view, `Mean weight by lag ${of}`);
+  if (!view.exact) return;
   const greatest = [...view.exact, ...(view.approximate ?? [])].reduce((most, one) => Math.max(most, one), 0) || 1;
   const floor = Number((greatest / 10 ** DECADES).toPrecision(2));
   const logarithm = (weight) => Math.log10(Math.max(weight, floor));
@@ -94,7 +97,6 @@ function drawView(view) {
     drawAbsent("view-approximate", "None: this head attends exactly.");
     drawAbsent("view-difference", "No difference.");
   }
-  drawLags(view, `Mean weight by lag ${of}`);
 }
 
 function viewTables(view) {
@@ -106,10 +108,8 @@ function viewTables(view) {
     }
   }
   const columns = ["query", "key", "exact", ...(difference ? ["approximation", "difference"] : [])];
-  return [
-    figuresTable("Mean weight by lag", ["lag", "weight"], view.lags.map((lag, at) => [lag, view.weights[at]])),
-    figuresTable("Attention weights", columns, rows),
-  ];
+  const lags = figuresTable("Mean weight by lag", ["lag", "weight"], view.lags.map((lag, at) => [lag, view.weights[at]]));
+  return view.exact ? [lags, figuresTable("Attention weights", columns, rows)] : [lags];
 }
 
 // Returns a function that draws the chosen head again.
@@ -160,9 +160,9 @@ function watchHeads(views) {
     const caption = document.getElementById("view-caption");
     const none = views.length ? "This report has no picture of this head." : "";
     caption.textContent = chosen.view ? chosen.view.caption : none;
-    if (!chooser) return;
+    if (!views.length) return;
     document.getElementById("view-pictures").hidden = !chosen.view;
-    chooser.value = chosen.view ? `${layer},${head}` : "";
+    if (chooser) chooser.value = chosen.view?.exact ? `${layer},${head}` : "";
     redraw();
     fillFigures();
   }
@@ -197,11 +197,12 @@ function watchHeads(views) {
   if (chooser) {
     chooser.append(new Option("choose …", "", true));
     chooser.options[0].disabled = true;
-    for (const view of views) chooser.append(new Option(`layer ${view.layer}, head ${view.head}`, `${view.layer},${view.head}`));
+    for (const view of views.filter((one) => one.exact)) chooser.append(new Option(`layer ${view.layer}, head ${view.head}`, `${view.layer},${view.head}`));
     chooser.addEventListener("change", () => choose(...chooser.value.split(",").map(Number)));
-    figures.addEventListener("toggle", fillFigures);
   }
-  if (views.length) choose(views[0].layer, views[0].head);
+  figures?.addEventListener("toggle", fillFigures);
+  const first = views.find((view) => view.exact) ?? views[0];
+  if (first) choose(first.layer, first.head);
   else if (grids.length) choose(0, 0);
   return redraw;
 }

@@ -1,0 +1,149 @@
+"""Pieces of work on threads: what runs where, and that results do not depend on it."""
+
+import os
+import threading
+import time
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import convbasis as cb
+from convbasis.workers import run_all
+
+TENSOR = torch.zeros(1)
+
+
+@pytest.fixture
+def three_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def where():
+    return threading.current_thread().name, torch.get_num_threads(), torch.is_grad_enabled()
+
+
+@pytest.mark.usefixtures("three_threads")
+class TestRunAll:
+    def test_results_come_in_order_though_tasks_end_in_another(self):
+        ended, last = [], threading.Event()
+
+        def task(number):
+            if number == 0:
+                assert last.wait(60)
+            ended.append(number)
+            if number == 5:
+                last.set()
+            return number
+
+        assert run_all([lambda number=number: task(number) for number in range(6)], [TENSOR]) == [
+            *range(6)
+        ]
+        assert ended.index(0) > ended.index(5)
+
+    def test_operators_of_a_task_run_on_one_core_and_record_nothing(self):
+        found = run_all([where] * 6, [TENSOR])
+        assert {(threads, recording) for _, threads, recording in found} == {(1, False)}
+        assert threading.current_thread().name not in {name for name, *_ in found}
+        assert torch.get_num_threads() == 3
+        assert torch.is_grad_enabled()
+
+    def test_threads_that_begin_later_have_the_common_number(self):
+        run_all([where] * 3, [TENSOR])
+        found = []
+        thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        assert found == [3]
+
+    @pytest.mark.parametrize(
+        ("tasks", "tensor", "mode"),
+        [
+            (2, TENSOR, torch.enable_grad),  # fewer than threads
+            (6, torch.zeros(1, requires_grad=True), torch.enable_grad),
+            (6, torch.zeros(1, device="meta"), torch.enable_grad),
+            (6, TENSOR, lambda: FlopCounterMode(display=False)),
+            (6, TENSOR, lambda: torch.device("cpu")),
+        ],
+        ids=["few", "recorded", "elsewhere", "watched", "overridden"],
+    )
+    def test_work_that_stays_on_this_thread(self, tasks, tensor, mode):
+        with mode():
+            names = {name for name, *_ in run_all([where] * tasks, [tensor])}
+        assert names == {threading.current_thread().name}
+
+    def test_under_a_transform(self):
+        def names(x):
+            found.update(name for name, *_ in run_all([where] * 6, [TENSOR]))
+            return x
+
+        found = set()
+        torch.func.vmap(names)(torch.zeros(2))
+        assert found == {threading.current_thread().name}
+
+    def test_what_needs_no_gradient_leaves_though_others_do(self):
+        names = {name for name, *_ in run_all([where] * 6, [TENSOR])}
+        assert threading.current_thread().name not in names
+
+    def test_tasks_within_a_task_stay_there(self):
+        for outer, inner in run_all(
+            [lambda: (where()[0], run_all([where] * 6, [TENSOR]))] * 6, [TENSOR]
+        ):
+            assert {name for name, *_ in inner} == {outer}
+
+    def test_inference_mode_is_that_of_the_caller(self):
+        for mode in (True, False):
+            with torch.inference_mode(mode):
+                assert run_all([torch.is_inference_mode_enabled] * 3, [TENSOR]) == [mode] * 3
+
+    def test_the_first_error_is_raised_and_the_rest_is_left(self):
+        done, begin = [], threading.Barrier(3)
+
+        def fail(number):
+            begin.wait(60)
+            raise ValueError(number)
+
+        def slow():
+            time.sleep(0.01)
+            done.append(1)
+
+        tasks = [*(lambda number=number: fail(number) for number in range(3)), *[slow] * 500]
+        with pytest.raises(ValueError, match="0"):
+            run_all(tasks, [TENSOR])
+        assert len(done) < 500
+        assert run_all([lambda: 1] * 3, [TENSOR]) == [1] * 3  # they go on
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+    @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+    def test_after_a_fork(self):
+        run_all([where] * 3, [TENSOR])
+        child = os.fork()
+        if not child:
+            os._exit(0 if run_all([lambda: 1] * 3, [TENSOR]) == [1] * 3 else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"blocks": 2, "correction": True},
+        {"far_field": "segments", "key_weights": True},
+        {"far_field": "conv"},
+        {"strict": True, "blocks": 2},
+    ],
+)
+def test_attention_is_bit_equal_on_any_number_of_threads(options, three_threads):
+    g = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 6, 900, 16, generator=g)
+    key, value = torch.randn(2, 2, 2, 900, 16, generator=g)
+    given = {"window": 64, "columns": 8, "enable_gqa": True, **options}
+    threaded = cb.hybrid_attention_stats(query, key, value, **given)
+    torch.set_num_threads(1)
+    alone = cb.hybrid_attention_stats(query, key, value, **given)
+    for ours, theirs in zip(threaded[:3], alone[:3], strict=True):
+        assert torch.equal(ours, theirs)
+    assert threaded.dispatch == alone.dispatch
