@@ -38,14 +38,14 @@ def attend_by_tokens(
         settings: which keys a query sees.
         scale: factor of the logits.
 
-    Complexity: (window - 1)(d + d_v) numbers of each key-value head are sent on, and a rank's columns
+    Complexity: about window (d + d_v) numbers of each key-value head are sent on, and a rank's columns
         to all others.
     """
     work = compute_dtype(query.dtype)
     d = query.shape[-1]
-    window = Window(settings.window)
+    window = Window(settings.window, settings.shared)
     own = torch.cat([key, value], dim=-1)
-    near = with_halo(tokens, own, settings.window - 1).to(work)
+    near = with_halo(tokens, own, window).to(work)
     columns, distant = None, None
     if window.begin < tokens.n and settings.sinks + settings.columns:
         q, k = query.to(work), key.to(work)

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 
 from ..convolve.choice import Work, candidates, partitioned_amounts
+from ..hybrid.window import QUERIES, Window
+from .halo import halo_begin
 from .shares import Piece, Sizes, shares, whole_heads
 
 _TRANSFORM = 2.5  # operations of a real transform, for each entry and binary digit of its length
@@ -160,7 +162,9 @@ def hybrid_load(
     """
     kv_heads = kv_heads or heads
     others, length = ranks - 1, -(-n // ranks)
-    halo = (window - 1) * kv_heads * 2 * head_dim if others else 0
+    shape = Window(window, QUERIES if columns else 1)
+    firsts = [n * rank // ranks for rank in range(ranks)]
+    halo = max(first - halo_begin(first, shape) for first in firsts) * kv_heads * 2 * head_dim
     # All columns may be of one rank; those that it has go to all others.
     distant = (sinks + columns) * heads * 2 * head_dim * min(1, others)
     weighing = heads * (samples * (1 + head_dim / ranks) + columns) * others

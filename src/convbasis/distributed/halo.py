@@ -7,32 +7,45 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..hybrid.window import Window
 from .call import Tokens
 from .transport import exchange
 
 
-def with_halo(tokens: Tokens, tensor: Tensor, reach: int) -> Tensor:
-    """Return this rank's tokens with up to `reach` before them; gradients go back to their ranks.
+def halo_begin(first: int, window: Window) -> int:
+    """Return where the windows of queries from token first on begin.
+
+    Where queries share windows it is a border between those that do, so that positions counted from
+    there have the same windows.
+    """
+    if window.shared == 1:
+        return max(0, first - window.tokens + 1)
+    begin = first // window.shared * window.shared - window.reach
+    return max(0, begin // window.shared * window.shared)
+
+
+def with_halo(tokens: Tokens, tensor: Tensor, window: Window) -> Tensor:
+    """Return this rank's tokens with those before that windows hold; gradients go back to their ranks.
 
     Args:
         tokens: of all ranks.
         tensor: ``(B, H, m, c)``, of this rank.
-        reach: tokens; they may belong to several ranks.
+        window: the halo may belong to several ranks.
 
     Returns:
-        ``(B, H, h + m, c)`` with h = min(reach, position of this rank's first token).
+        ``(B, H, h + m, c)``, from `halo_begin` on.
     """
-    before: Tensor = _Halo.apply(tokens, tensor, reach)
+    before: Tensor = _Halo.apply(tokens, tensor, window)
     return torch.cat([before, tensor], dim=2)
 
 
-def _overlaps(tokens: Tokens, reach: int) -> list[list[slice]]:
+def _overlaps(tokens: Tokens, window: Window) -> list[list[slice]]:
     """Return for each receiver and sender which of the sender's tokens are in the receiver's halo."""
     ends = torch.tensor(tokens.lengths).cumsum(0).tolist()
     begins = [end - length for end, length in zip(ends, tokens.lengths, strict=True)]
     found = []
     for first, length in zip(begins, tokens.lengths, strict=True):
-        base = max(0, first - reach) if length else first
+        base = halo_begin(first, window) if length else first
         halo = []
         for begin, end in zip(begins, ends, strict=True):
             low, high = max(base, begin), min(first, end)
@@ -43,8 +56,8 @@ def _overlaps(tokens: Tokens, reach: int) -> list[list[slice]]:
 
 class _Halo(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tokens: Tokens, tensor: Tensor, reach: int) -> Tensor:
-        overlaps = _overlaps(tokens, reach)
+    def forward(ctx: Any, tokens: Tokens, tensor: Tensor, window: Window) -> Tensor:
+        overlaps = _overlaps(tokens, window)
         rank = tokens.ranks.rank
         blocks = [[tensor[:, :, halo[rank]]] for halo in overlaps]
         shapes = [[_shape(tensor, part)] for part in overlaps[rank]]

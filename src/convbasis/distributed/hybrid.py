@@ -84,7 +84,7 @@ def hybrid_attention(
             message names it.
 
     Complexity:
-        ``"tokens"``: time of one process for n / W tokens. A rank sends (window - 1)(d + d_v) numbers
+        ``"tokens"``: time of one process for n / W tokens. A rank sends about window (d + d_v) numbers
         of each key-value head to the ranks that follow it, and its share of the columns to all.
 
     Source:
