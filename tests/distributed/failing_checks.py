@@ -9,7 +9,7 @@ from sharded_checks import inputs, mesh_of, own, split
 
 from convbasis import distributed
 
-TIMEOUT = 6.0  # seconds; half of it is for the exchange
+TIMEOUT = 8.0  # seconds; half of it is for the exchange
 
 
 def attend(rank, ranks, **changes):

@@ -104,7 +104,8 @@ def conv_basis_attention(
     Accuracy:
         That of one process, whatever the number of ranks. With whole heads and queries a rank computes
         what one process does, to the last bit where it chooses the same backend; otherwise rounding
-        differs as it does between backends.
+        differs as it does between backends: by up to 5e-5 in rows with small gradients at n = 4,097
+        (docs/distributed.md).
 
     Complexity:
         With W ranks, time and memory of one process for H / W heads. A rank sends (2 d + 2 d_v) n / W²
