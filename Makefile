@@ -50,6 +50,7 @@ bench: $(VENV)/.installed ## every benchmark; long
 	$(BIN)/python benchmarks/train.py losses
 	$(BIN)/python benchmarks/train.py time
 	$(BIN)/python benchmarks/heads.py
+	$(BIN)/python benchmarks/distributed.py
 	$(BIN)/python benchmarks/pretrained.py calibrate
 	$(BIN)/python benchmarks/pretrained.py score
 	$(BIN)/python benchmarks/pretrained.py curve

@@ -20,6 +20,7 @@ def test_public_names_are_pinned():
         "ConvBasisError",
         "ConvBasisWarning",
         "Dispatch",
+        "DistributedError",
         "FileFormatError",
         "HybridDispatch",
         "HybridState",
@@ -92,7 +93,9 @@ def test_arguments_are_pinned():
     assert cb.nn.__all__ == ["ConvBasisAttention", "ConvBasisCache", "segment_starts"]
     assert names(cb.planted_qk)[:5] == ["n", "d", "num_bases", "noise", "generator"]
     assert names(cb.ConvBasis) == ["segment_kernels", "starts"]
-    assert names(cb.apply_plan) == ["model", "plan", "min_length", "dynamic", "training", "chunked"]
+    assert names(cb.apply_plan) == [
+        "model", "plan", "min_length", "dynamic", "training", "chunked", "mesh", "timeout",
+    ]  # fmt: skip
     assert names(cb.calibrate) == [
         "model", "token_ids", "tolerance", "margin", "budget", "ladder", "checkpoint", "progress",
         "seed",
@@ -107,12 +110,33 @@ def test_arguments_are_pinned():
     assert cb.PlantedQK._fields == ("query", "key", "basis", "delta")
 
 
+def test_names_over_ranks_are_pinned():
+    from convbasis import distributed
+
+    assert distributed.__all__ == [
+        "DistributedError",
+        "conv_basis_attention",
+        "hybrid_attention",
+        "parallelize_heads",
+        "share_plan",
+        "token_lengths",
+    ]
+    more = {"conv_basis_attention": {"mesh", "layout", "exchange", "timeout"}}
+    more["hybrid_attention"] = {"mesh", "layout", "timeout"}
+    for name, added in more.items():
+        one, many = (inspect.signature(getattr(module, name)) for module in (cb, distributed))
+        assert set(many.parameters) == set(one.parameters) | added
+        for argument, parameter in one.parameters.items():
+            assert many.parameters[argument].default == parameter.default
+
+
 def test_errors_form_one_family():
     for error in (cb.InputError, cb.FileFormatError, cb.MissingExtraError):
         assert issubclass(error, cb.ConvBasisError)
     assert issubclass(cb.InputError, ValueError)
     assert issubclass(cb.MissingPathError, (cb.ConvBasisError, FileNotFoundError))
     assert issubclass(cb.MissingExtraError, ImportError)
+    assert issubclass(cb.DistributedError, (cb.ConvBasisError, RuntimeError))
     assert issubclass(cb.ConvBasisWarning, UserWarning)
 
 
@@ -237,8 +261,9 @@ MAY_IMPORT = {
     "hybrid": {"attention", "checks", "errors", "lowrank", "transforms", "workers"},
     "lowrank": {"checks", "convolve", "errors", "transforms"},
     "plan": {"checks", "errors", "hybrid", "storage", "strict_json"},
-    "nn": {"attention", "checks", "dispatch", "errors"},
-    "integrations": {"checks", "decompose", "errors", "hybrid", "plan", "storage"},
+    "distributed": {"attention", "checks", "convolve", "dispatch", "errors", "hybrid", "plan"},
+    "nn": {"attention", "checks", "dispatch", "distributed", "errors"},
+    "integrations": {"checks", "decompose", "distributed", "errors", "hybrid", "plan", "storage"},
     "report": {"checks", "errors", "storage", "strict_json"},
     "cli": {
         "__version__", "attention", "basis", "checks", "convolve", "decompose", "dispatch", "errors",

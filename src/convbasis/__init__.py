@@ -14,6 +14,7 @@ from .dispatch import Dispatch, last_dispatch
 from .errors import (
     ConvBasisError,
     ConvBasisWarning,
+    DistributedError,
     FileFormatError,
     InputError,
     MissingExtraError,
@@ -36,6 +37,7 @@ __all__ = [
     "ConvBasisError",
     "ConvBasisWarning",
     "Dispatch",
+    "DistributedError",
     "FileFormatError",
     "HybridDispatch",
     "HybridState",

@@ -29,5 +29,9 @@ class MissingExtraError(ConvBasisError, ImportError):
         )
 
 
+class DistributedError(ConvBasisError, RuntimeError):
+    """The processes of one call do not fit together, or one died or hangs; it names the rank."""
+
+
 class ConvBasisWarning(UserWarning):
     """Something still works, but a guarantee does not hold."""

@@ -26,22 +26,37 @@ def read_json(path: Path, kind: str, build: Callable[[Any], _T]) -> _T:
     """
     if not path.is_file():
         raise MissingPathError(f"there is no file {str(path)!r}")
+    return parse_json(path.read_bytes(), repr(str(path)), kind, build)
+
+
+def parse_json(content: bytes, place: str, kind: str, build: Callable[[Any], _T]) -> _T:
+    """Return what build makes of JSON text.
+
+    Args:
+        content: the text in UTF-8.
+        place: where it comes from, for messages.
+        kind: what it should be.
+        build: see `read_json`.
+
+    Raises:
+        FileFormatError: it is damaged, or not of that kind.
+    """
     try:
         parsed = json.loads(
-            path.read_text(encoding="utf-8"),
+            content.decode("utf-8"),
             object_pairs_hook=_without_duplicates,
             parse_constant=_refuse_constant,
         )
         return build(parsed)
     except json.JSONDecodeError as error:
         raise FileFormatError(
-            f"{str(path)!r} is not JSON, or only the beginning of a file: "
+            f"{place} is not JSON, or only the beginning of a file: "
             f"{error.msg} at line {error.lineno}, column {error.colno}"
         ) from error
     except UnicodeDecodeError as error:
-        raise FileFormatError(f"{str(path)!r} is not UTF-8 text: {error}") from error
+        raise FileFormatError(f"{place} is not UTF-8 text: {error}") from error
     except (ValueError, RecursionError) as error:  # also numbers of too many digits
-        raise FileFormatError(f"{str(path)!r} is not {kind}: {error}") from error
+        raise FileFormatError(f"{place} is not {kind}: {error}") from error
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

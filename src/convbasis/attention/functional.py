@@ -290,7 +290,7 @@ def _attend(
 
     The operator is what can be compiled and differentiated; a plain call does without.
     """
-    result = _autocast_dtype(query)
+    result = autocast_dtype(query)
     if result is not None:
         # As torch's own operators, but nothing is rounded before the result is.
         query, key, value = (
@@ -379,7 +379,7 @@ def _attend(
     return (output if result is None else output.to(result)), lse, used
 
 
-def _autocast_dtype(query: object) -> torch.dtype | None:
+def autocast_dtype(query: object) -> torch.dtype | None:
     """Return the dtype that results have under autocast; None where autocast has no say."""
     if not isinstance(query, Tensor) or not query.is_floating_point() or query.dtype == torch.float64:
         return None

@@ -49,6 +49,10 @@ class AppliedPlan:
     chunked: bool
     before: str
     """The attention implementation to restore."""
+    mesh: Any = None
+    """Over whose ranks the tokens of a prompt are spread; None for one process."""
+    timeout: float = 300.0
+    """Seconds for each exchange between ranks."""
     prefills: int = 0
     approximated: int = 0
     exact: int = 0
@@ -102,6 +106,8 @@ def apply_plan(
     dynamic: bool = True,
     training: bool = False,
     chunked: bool = False,
+    mesh: Any = None,
+    timeout: float = 300.0,
 ) -> None:
     """Let a loaded transformers model attend to long prompts by a plan.
 
@@ -125,6 +131,11 @@ def apply_plan(
             the plan weighs or corrects by the whole prompt is left out, so that more heads fall back. A
             chunk counts as a prefill in the report; a chunk after decoded tokens, or with padding, is
             exact.
+        mesh: a DeviceMesh of one dimension: the tokens of every prompt are spread over its ranks, which
+            call the model together, each with its own tokens and their position_ids. Each attends for
+            some heads; what is not planned is exact. Whole prompts alone: no decoding, no chunks.
+        timeout: seconds in which each exchange between ranks is over, or an error names the rank that
+            is missing.
 
     Raises:
         InputError: the plan is for another model, the model does not attend through the attention
@@ -154,6 +165,8 @@ def apply_plan(
     if min_length is None:
         min_length = plan.min_length
     min_length = check_nonnegative_int("min_length", min_length)
+    if mesh is not None and chunked:
+        raise InputError("mesh was given with chunked=True; over ranks a prompt comes as a whole")
     layers = _attention_modules(model)
     missing = set(range(plan.model.layers)) - {module.layer_idx for module in layers}
     if missing:
@@ -168,7 +181,9 @@ def apply_plan(
             f"{type(model).__name__} does not attend through the attention interface of transformers; "
             "a plan needs a model that does"
         )
-    applied = AppliedPlan(plan, min_length, bool(dynamic), bool(training), bool(chunked), before)
+    applied = AppliedPlan(
+        plan, min_length, bool(dynamic), bool(training), bool(chunked), before, mesh, timeout
+    )
     for module in (model, *layers):
         setattr(module, _ATTRIBUTE, applied)
 

@@ -84,6 +84,12 @@ def _attend_by_plan(
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     layer, n = module.layer_idx, query.shape[2]
+    if applied.mesh is not None:
+        from .over_ranks import prefill_over_ranks
+
+        tensors = (query, key, value)
+        done, own = prefill_over_ranks(applied, module, *tensors, mask, applied.layer(layer), options)
+        return _counted(applied, layer, own, *done)
     begins = mask.begins if isinstance(mask, MaskSpec) else n == key.shape[2]
     if not begins and not (applied.chunked and n > 1):
         return _exact_and_finite(module, query, key, value, mask, **options)

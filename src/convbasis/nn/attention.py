@@ -46,6 +46,11 @@ class ConvBasisAttention(nn.Module):
         gradient: see `conv_basis_attention`; ``"forward"`` is right for training from scratch.
         backend: see `conv_basis_attention`.
         max_bytes: see `conv_basis_attention`.
+        mesh: a DeviceMesh of one dimension over whose ranks the tokens of each sequence are spread, see
+            `convbasis.distributed.conv_basis_attention`: hidden states are then those of this rank's
+            tokens, and n counts the tokens of all ranks.
+        timeout: seconds in which each exchange between ranks is over, or an error names the rank that
+            is missing.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -86,6 +91,8 @@ class ConvBasisAttention(nn.Module):
         gradient: str = "forward",
         backend: str = "auto",
         max_bytes: int | None = None,
+        mesh: Any = None,
+        timeout: float = 300.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -122,6 +129,7 @@ class ConvBasisAttention(nn.Module):
         check_gradient(gradient)
         check_backend(backend)
         self.gradient, self.backend, self.max_bytes = gradient, backend, max_bytes
+        self.mesh, self.timeout = mesh, timeout
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         inner, kv_inner = num_heads * self.head_dim, num_kv_heads * self.head_dim
         self.q_proj = nn.Linear(embed_dim, inner, bias=bias, **made)
@@ -149,7 +157,8 @@ class ConvBasisAttention(nn.Module):
         Args:
             hidden_states: ``(B, n, embed_dim)``.
             key_padding_mask: bool ``(B, n)``, True for a real token.
-            document_lengths: tokens of packed documents, see `conv_basis_attention`.
+            document_lengths: tokens of packed documents, see `conv_basis_attention`; with a mesh those
+                of the whole sequence, whereas key_padding_mask is of this rank's tokens.
             cache: the tokens before these; these are added to it. Chunks of any size give what one call
                 for all tokens gives. What it holds is detached: gradients stay within the chunk.
 
@@ -158,9 +167,15 @@ class ConvBasisAttention(nn.Module):
 
         Raises:
             InputError: (a ValueError) a wrong shape, dtype or device, NaN, a cache of another layer or
-                batch, or a cache together with padding or documents.
+                batch, or a cache together with padding, documents or a mesh.
+            DistributedError: with a mesh, ranks that do not fit together, or one that is missing.
         """
         self._check(hidden_states)
+        if self.mesh is not None:
+            if cache is not None:
+                raise InputError("cache was given, but a layer with a mesh takes whole sequences alone")
+            mixed = self._attend_over_ranks(hidden_states, key_padding_mask, document_lengths)
+            return self._output(mixed, hidden_states)
         first = 0 if cache is None else cache.length
         query, key, value = self._projected(hidden_states, first)
         n = first + hidden_states.shape[1]
@@ -207,6 +222,40 @@ class ConvBasisAttention(nn.Module):
                     hidden_states.shape[1],
                     self.head_dim**-0.5,
                 )
+        return self._output(mixed, hidden_states)
+
+    def _attend_over_ranks(
+        self,
+        hidden_states: Tensor,
+        key_padding_mask: Tensor | None,
+        document_lengths: Sequence[int] | None,
+    ) -> Tensor:
+        """Return the heads' outputs for this rank's tokens, ``(B, H, m, head_dim)``."""
+        from .. import distributed
+
+        own = hidden_states.shape[1]
+        lengths = distributed.token_lengths(own, self.mesh, timeout=self.timeout)
+        n, first = sum(lengths), sum(lengths[: self.mesh.get_local_rank()])
+        query, key, value = self._projected(hidden_states, first)
+        return distributed.conv_basis_attention(
+            query,
+            key,
+            value,
+            mesh=self.mesh,
+            enable_gqa=True,
+            key_padding_mask=key_padding_mask,
+            key_bias=self._key_bias(hidden_states),
+            lag_bias=None if self.lag_bias is None else self.lag_bias(n),
+            document_lengths=document_lengths,
+            gradient=self.gradient,
+            backend=self.backend,
+            max_bytes=self.max_bytes,
+            timeout=self.timeout,
+            **self._segments(n, document_lengths),
+        )
+
+    def _output(self, mixed: Tensor, hidden_states: Tensor) -> Tensor:
+        """Return what the layer makes of the heads' outputs ``(B, H, n, head_dim)``."""
         mixed = mixed.transpose(1, 2).flatten(2)
         if self.output_gate is not None:
             mixed = mixed * torch.sigmoid(self.output_gate(hidden_states))
@@ -238,12 +287,9 @@ class ConvBasisAttention(nn.Module):
     def _projected(self, hidden_states: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries ``(B, H, n, d)``, keys and values ``(B, H_kv, n, d)``."""
         query, key, value = (
-            projection(hidden_states).unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
-            for projection, heads in (
-                (self.q_proj, self.num_heads),
-                (self.k_proj, self.num_kv_heads),
-                (self.v_proj, self.num_kv_heads),
-            )
+            # As many heads as there are: a rank may have some of them.
+            projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         if self.rotary_base is None:
             return query, key, value

@@ -34,4 +34,6 @@ class LagBias(nn.Module):
         straight = (lags - below) / (above - below)
         bent = (lags.clamp(min=1) / below.clamp(min=1)).log() / (above / below.clamp(min=1)).log()
         part = torch.where(lags < _EXACT, straight, bent).clamp(0, 1).to(self.table.dtype)
-        return self.table[:, low] * (1 - part) + self.table[:, low + 1] * part
+        # Of heads that are spread over ranks, this rank's.
+        table = self.table.to_local() if hasattr(self.table, "to_local") else self.table
+        return table[:, low] * (1 - part) + table[:, low + 1] * part

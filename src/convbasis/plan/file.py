@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from ..checks import describe
 from ..errors import InputError
-from ..strict_json import read_json
+from ..strict_json import parse_json, read_json
 from .model import ModelShape
 from .plan import HeadPlan, Plan
 from .settings import HeadSetting, Size
@@ -65,6 +65,15 @@ def load(path: Path) -> Plan:
         MissingPathError: there is no such file.
     """
     return read_json(path, "a plan", _plan)
+
+
+def loads(content: bytes, place: str) -> Plan:
+    """Read a plan from the text that `dumps` returned, which comes from some place.
+
+    Raises:
+        FileFormatError: it is not a plan.
+    """
+    return parse_json(content, place, "a plan", _plan)
 
 
 def _plan(parsed: object) -> Plan:

@@ -1,0 +1,393 @@
+"""Attention over several processes: correctness, bytes against the model, overhead, memory.
+
+    python benchmarks/distributed.py                    # 1, 2 and 4 gloo processes on this machine
+    python benchmarks/distributed.py --quick            # small sizes, half a minute
+    python benchmarks/distributed.py predict            # the cost model's tables; nothing is run
+    torchrun --nproc-per-node 8 benchmarks/distributed.py --backend nccl
+
+With gloo, bytes are read from the counters of the operating system's TCP sockets (Linux), and memory is
+the rise of the peak resident memory over the moment when the inputs exist. With NCCL, bytes are counted
+where they are handed over, and memory is CUDA's. Times are processor times with gloo: processes share
+the cores of one machine. Writes benchmarks/results/distributed.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import socket
+import struct
+import tempfile
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+import convbasis as cb
+from convbasis import distributed
+from convbasis.distributed.cost import Machine, attention_load, hybrid_load, ring_load
+from convbasis.distributed.ranks import TRAFFIC
+
+ROOT = Path(__file__).parent.parent
+RANKS = (1, 2, 4)
+# heads, key-value heads, segments, what travels; hybrid attention where segments are 0.
+CASES = {
+    "heads, k = 16": (8, 8, 16, "queries"),
+    "heads, k = 16, logits": (8, 8, 16, "logits"),
+    "heads, GQA, k = 128": (8, 2, 128, "queries"),
+    "columns, k = 16": (1, 1, 16, "logits"),
+    "hybrid, window 256": (8, 2, 0, ""),
+}
+D, WINDOW, COLUMNS = 64, 256, 64
+_SENT = 200  # place of tcpi_bytes_sent in the kernel's struct tcp_info; what was sent again follows
+
+
+def sent_bytes(backend: str) -> int:
+    """Return the bytes that this process has sent."""
+    if backend != "gloo":
+        return TRAFFIC.sent
+    total = 0
+    for place in list(Path("/proc/self/fd").iterdir()):
+        try:
+            if not str(place.readlink()).startswith("socket:"):
+                continue
+            with socket.socket(fileno=os.dup(int(place.name))) as own:
+                if own.type == socket.SOCK_STREAM and own.family in (socket.AF_INET, socket.AF_INET6):
+                    info = own.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+                    sent, again = struct.unpack_from("QQ", info, _SENT)
+                    total += sent - again
+        except OSError:
+            continue
+    return total
+
+
+def inputs(case: str, n: int, device: torch.device) -> list[torch.Tensor]:
+    heads, kv_heads, *_ = CASES[case]
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, own, n, D) for own in (heads, kv_heads, kv_heads)]
+    return [torch.randn(shape, generator=generator).to(device) for shape in shapes]
+
+
+def attend(case: str, tensors: list[torch.Tensor], n: int, mesh=None) -> torch.Tensor:
+    *_, segments, exchange = CASES[case]
+    more = {} if mesh is None else {"mesh": mesh}
+    module = cb if mesh is None else distributed
+    if segments:
+        more |= {"exchange": exchange} if more else {}
+        length = -(-n // segments)
+        return module.conv_basis_attention(*tensors, segment_length=length, enable_gqa=True, **more)
+    return module.hybrid_attention(*tensors, window=WINDOW, columns=COLUMNS, enable_gqa=True, **more)
+
+
+def predicted(case: str, n: int, ranks: int):
+    heads, kv_heads, segments, exchange = CASES[case]
+    sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": D}
+    if segments:
+        return attention_load(n, ranks, segments=segments, exchange=exchange, **sizes)
+    return hybrid_load(n, ranks, window=WINDOW, columns=COLUMNS, **sizes)
+
+
+def worst_row(want: torch.Tensor, found: torch.Tensor, scale: torch.Tensor) -> float:
+    """Return the largest error of a row, relative to its norm, but at least to the mean norm of all."""
+    norms = torch.linalg.vector_norm(want.double(), dim=-1)
+    floor = torch.linalg.vector_norm(scale.double(), dim=-1).mean()
+    error = torch.linalg.vector_norm(found.double() - want.double(), dim=-1)
+    return float((error / norms.clamp(min=float(floor))).max())
+
+
+def largest(value: float, device: torch.device) -> float:
+    """Return the largest of all ranks."""
+    tensor = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return float(tensor)
+
+
+def total(value: float, device: torch.device) -> float:
+    tensor = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor)
+    return float(tensor)
+
+
+def work_time(device: torch.device) -> float:
+    """Return processor time of this process, or the time where the work is on an accelerator."""
+    if device.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def of_case(case: str, n: int, repeats: int, backend: str, device: torch.device) -> dict[str, float]:
+    """Return errors, bytes and times of one case, in this number of ranks."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    mesh = init_device_mesh(device.type, (ranks,))
+    whole = [x.requires_grad_() for x in inputs(case, n, device)]
+    alone = []
+    for _ in range(repeats + 1):  # the first is a warm-up
+        for x in whole:
+            x.grad = None
+        begin = work_time(device)
+        want = attend(case, whole, n)
+        weights = torch.cos(torch.arange(want.numel(), device=device)).view(want.shape)
+        (want * weights).sum().backward()
+        alone.append(work_time(device) - begin)
+    # How far one process is from exact arithmetic.
+    exact = [x.detach().double().requires_grad_() for x in whole]
+    (attend(case, exact, n) * weights).sum().backward()
+    rounding = [worst_row(y.grad, x.grad, y.grad) for x, y in zip(whole, exact, strict=True)]
+    mine = [x.detach().tensor_split(ranks, 2)[rank].clone().requires_grad_() for x in whole]
+    own_weights = weights.tensor_split(ranks, 2)[rank]
+    spent, sent = [], []
+    for _ in range(repeats + 1):
+        for x in mine:
+            x.grad = None
+        dist.barrier()
+        counts = [sent_bytes(backend)]
+        begin = work_time(device)
+        output = attend(case, mine, n, mesh)
+        counts.append(sent_bytes(backend))
+        (output * own_weights).sum().backward()
+        spent.append(work_time(device) - begin)
+        counts.append(sent_bytes(backend))
+        sent.append([counts[1] - counts[0], counts[2] - counts[1]])
+    errors = [worst_row(want.tensor_split(ranks, 2)[rank].detach(), output.detach(), want.detach())]
+    for x, own in zip(whole, mine, strict=True):
+        errors.append(worst_row(x.grad.tensor_split(ranks, 2)[rank], own.grad, x.grad))
+    load = predicted(case, n, ranks)
+    times = sorted(total(seconds, device) for seconds in spent[1:])
+    alone = sorted(alone[1:])
+    return {
+        "ranks": ranks,
+        "n": n,
+        "output_error": largest(errors[0], device),
+        "gradient_error": largest(max(errors[1:]), device),
+        "gradient_rounding": max(rounding),
+        "sent_forward": largest(sent[-1][0], device),
+        "predicted_forward": load.sent_forward,
+        "sent_backward": largest(sent[-1][1], device),
+        "predicted_backward": load.sent_backward,
+        "time_of_all_ranks": times[len(times) // 2],
+        "time_of_one_process": largest(alone[len(alone) // 2], device),
+    }
+
+
+def resident(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"no {field} in /proc/self/status")
+
+
+@torch.no_grad()
+def memory(n: int, device: torch.device) -> dict[str, float]:
+    """Return the added peak memory of a forward pass; a rank makes its own tokens alone."""
+    ranks, heads, segments = dist.get_world_size(), 4, 16
+    mesh = init_device_mesh(device.type, (ranks,))
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    mine = [torch.randn(1, heads, n // ranks, D, generator=generator).to(device) for _ in range(3)]
+    if device.type == "cpu":
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident
+        before = resident("VmRSS")
+    else:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    output = distributed.conv_basis_attention(*mine, mesh=mesh, segment_length=n // segments)
+    if device.type == "cpu":
+        added = resident("VmHWM") - before
+    else:
+        added = torch.cuda.max_memory_allocated() - before
+    tokens = 4 * n * heads * D / ranks  # bytes of a tensor of this rank's tokens
+    return {
+        "ranks": ranks,
+        "n": n,
+        "added_bytes": largest(added, device),
+        "tensor_bytes": tokens,
+        "kernel_bytes": 4 * segments * n,
+        "finite": bool(output.isfinite().all()),
+    }
+
+
+def of_rank(options: argparse.Namespace) -> dict[str, object]:
+    device = torch.device("cpu")
+    if options.backend == "nccl":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    n, long = (1025, 8192) if options.quick else (options.length, options.long)
+    rows = {}
+    for case in CASES:
+        rows[case] = of_case(case, n, 1 if options.quick else 3, options.backend, device)
+        tell(f"{case}, {dist.get_world_size()} ranks: done")
+    found: dict[str, object] = {"cases": rows}
+    if dist.get_world_size() == max(RANKS) or options.backend == "nccl":
+        found["memory"] = memory(long, device)
+        tell(f"memory at {long:,} tokens: done")
+    return found
+
+
+def tell(line: str) -> None:
+    if dist.get_rank() == 0:
+        print(f"... {line}", flush=True)
+
+
+def process(rank: int, ranks: int, folder: str, options: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store-{ranks}",
+        rank=rank,
+        world_size=ranks,
+        timeout=timedelta(minutes=30),
+    )
+    found = of_rank(options)
+    if rank == 0:
+        (Path(folder) / f"{ranks}.json").write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def launched(options: argparse.Namespace) -> list[dict[str, object]]:
+    """Return what each number of gloo processes found."""
+    context = multiprocessing.get_context("spawn")
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        for ranks in RANKS:
+            started = [
+                context.Process(target=process, args=(rank, ranks, folder, options))
+                for rank in range(ranks)
+            ]
+            for one in started:
+                one.start()
+            for one in started:
+                one.join()
+                if one.exitcode:
+                    raise SystemExit(f"a process ended with {one.exitcode}")
+            found.append(json.loads((Path(folder) / f"{ranks}.json").read_text()))
+    return found
+
+
+def show(found: list[dict[str, object]]) -> None:
+    names = (
+        "case",
+        "ranks",
+        "worst row, output",
+        "gradients",
+        "those of one process against float64",
+        "sent, forward",
+        "of predicted",
+        "sent, backward",
+        "of predicted",
+        "time of all ranks / of one process",
+    )
+    print(f"\n| {' | '.join(names)} |\n{'|---' * len(names)}|")
+    for case in CASES:
+        for part in found:
+            row = part["cases"][case]
+            shares = [
+                f"{row[f'sent_{way}'] / row[f'predicted_{way}']:.3f}" if row[f"predicted_{way}"] else ""
+                for way in ("forward", "backward")
+            ]
+            print(
+                f"| {case} | {row['ranks']} | {row['output_error']:.0e} | {row['gradient_error']:.0e} "
+                f"| {row['gradient_rounding']:.0e} "
+                f"| {row['sent_forward'] / 1e6:.2f} MB | {shares[0]} "
+                f"| {row['sent_backward'] / 1e6:.2f} MB | {shares[1]} "
+                f"| {row['time_of_all_ranks'] / row['time_of_one_process']:.2f} |"
+            )
+    for part in found:
+        if "memory" in part:
+            row = part["memory"]
+            print(
+                f"\nmemory of a rank at n = {row['n']:,}, {row['ranks']} ranks, four heads, k = 16: "
+                f"{row['added_bytes'] / 1e6:.0f} MB beside its inputs, which is "
+                f"{row['added_bytes'] / row['tensor_bytes']:.1f} times what its queries take "
+                f"(n d / ranks of each head); k n numbers are {row['kernel_bytes'] / 1e6:.0f} MB"
+            )
+
+
+def check(found: list[dict[str, object]]) -> None:
+    """Hold what must hold."""
+    for part in found:
+        for case, row in part["cases"].items():
+            assert row["output_error"] < 1e-5, (case, row)
+            # Rows with small gradients differ as much as one process does from float64.
+            assert row["gradient_error"] < max(1e-5, 3 * row["gradient_rounding"]), (case, row)
+            if CASES[case][2] and row["predicted_forward"]:
+                for way in ("forward", "backward"):
+                    assert abs(row[f"sent_{way}"] / row[f"predicted_{way}"] - 1) < 0.1, (case, row)
+
+
+# Assumptions of the tables, for one GPU of a large cluster: operations a second in matrix products of
+# bfloat16, and in transforms of float32, which memory holds up.
+PRODUCTS, TRANSFORMS = 4e14, 5e12
+MODEL = {"heads": 32, "kv_heads": 8, "head_dim": 128}
+
+
+def predict(network: float) -> None:
+    """Print what the model predicts for one layer, forward and backward."""
+    products, transforms = Machine(PRODUCTS, network), Machine(TRANSFORMS, network)
+    print(
+        f"one layer, {MODEL['heads']} heads, {MODEL['kv_heads']} key-value heads, d = 128, forward and "
+        f"backward, exchanges hidden behind work; {PRODUCTS:.0e} and {TRANSFORMS:.0e} operations/s in "
+        f"products and transforms, {network:.0e} bytes/s\n"
+    )
+    print("| tokens | GPUs | layout | GB sent, k = 64 | s, k = 64 | s, k = 1,024 "
+          "| s, hybrid of 4,096 keys | s, exact ring | fastest |")  # fmt: skip
+    print("|---|---|---|---|---|---|---|---|---|")
+    for n in (1 << 12, 1 << 14, 1 << 17, 1_000_000, 10_000_000, 100_000_000):
+        for ranks in (8, 32, 128, 512):
+            loads = [attention_load(n, ranks, segments=k, itemsize=4, **MODEL) for k in (64, 1024)]
+            near = hybrid_load(n, ranks, window=3584, columns=508, itemsize=2, **MODEL)
+            ring = ring_load(n, ranks, itemsize=2, **MODEL)
+            seconds = {
+                "k = 64": transforms.seconds(loads[0], backward=True)[1],
+                "k = 1,024": transforms.seconds(loads[1], backward=True)[1],
+                "hybrid": products.seconds(near, backward=True)[1] if n // ranks >= 3584 else None,
+                "ring": products.seconds(ring, backward=True)[1],
+            }
+            known = {name: value for name, value in seconds.items() if value is not None}
+            texts = ["" if value is None else f"{value:.2g}" for value in seconds.values()]
+            sent = (loads[0].sent_forward + loads[0].sent_backward) / 1e9
+            layout = "heads" if ranks <= MODEL["heads"] else "columns"
+            print(
+                f"| {n:,} | {ranks} | {layout} | {sent:.2f} | {' | '.join(texts)} "
+                f"| {min(known, key=lambda name: known[name])} |"
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", nargs="?", choices=("run", "predict"), default="run")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--length", type=int, default=16_385)
+    parser.add_argument("--long", type=int, default=524_288)
+    parser.add_argument("--backend", choices=("gloo", "nccl"), default="gloo")
+    parser.add_argument("--network", type=float, default=5e10, help="bytes/s, of predictions")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/distributed.json")
+    options = parser.parse_args()
+    if options.what == "predict":
+        predict(options.network)
+        return
+    if options.backend == "nccl":
+        dist.init_process_group("nccl")
+        found = [of_rank(options)]
+        if dist.get_rank():
+            return
+    else:
+        found = launched(options)
+    show(found)
+    content = {"torch": torch.__version__, "python": platform.python_version(), "quick": options.quick}
+    content |= {"backend": options.backend, "found": found}
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    part = options.output.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=1) + "\n")
+    part.replace(options.output)
+    check(found)
+
+
+if __name__ == "__main__":
+    main()

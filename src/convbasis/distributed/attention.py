@@ -1,0 +1,308 @@
+"""conv_basis_attention over several ranks: each holds tokens, and computes heads or value columns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..attention import conv_basis_attention as attention_of_one
+from ..attention.documents import check_documents
+from ..attention.functional import autocast_dtype, expanded_bias
+from ..attention.segments import check_segments
+from ..checks import check_gradient, check_positive_int, check_scale, describe
+from ..dispatch import check_backend
+from ..errors import InputError
+from .call import Tokens, begin, told
+from .first_keys import first_real_keys, gather_tokens, segment_logits_of, unit_keys
+from .ranks import ranks_of
+from .shares import Piece, Sizes, check_layout, for_heads, shares, whole_heads
+from .tensors import unwrap
+from .transport import Part, Roads, spread
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def conv_basis_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mesh: Any = None,
+    num_bases: int | None = None,
+    starts: Tensor | Sequence[int] | None = None,
+    segment_length: int | None = None,
+    window: int = 1,
+    delta: float | None = None,
+    epsilon: float = 0.0,
+    search: str = "linear",
+    scale: float | None = None,
+    is_causal: bool = True,
+    enable_gqa: bool = False,
+    key_padding_mask: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    lag_bias: Tensor | None = None,
+    document_lengths: Sequence[int] | None = None,
+    gradient: str = "forward",
+    backend: str = "auto",
+    max_bytes: int | None = None,
+    layout: str = "auto",
+    exchange: str = "auto",
+    timeout: float = 300.0,
+) -> Tensor:
+    """Return `convbasis.conv_basis_attention` of a sequence whose tokens are spread over ranks.
+
+    All ranks of the mesh call it together, each with its own tokens: the sequence is theirs in the
+    order of the ranks. Each computes some heads for all tokens, or, where there are fewer heads than
+    ranks, some value columns of a head; one exchange brings it what that takes, another brings every
+    rank the output of its tokens. Backward goes the same way back, so that all ranks must call it.
+
+    Args:
+        query: ``(B, H, m, d)``, of this rank's m tokens, which may differ from rank to rank and may be
+            0; or a DTensor ``(B, H, n, d)`` that is Shard(2) in one dimension of its mesh.
+        key: ``(B, H_kv, m, d)``, the same.
+        value: ``(B, H_kv, m, d_v)``, the same.
+        mesh: DeviceMesh of one dimension, the ranks; not needed with DTensors.
+        num_bases: as all that follow, see `convbasis.conv_basis_attention`; the same in all ranks,
+            apart from what is said here.
+        starts: positions in the whole sequence.
+        segment_length: uniform segments of this many tokens.
+        window: for recovered segments.
+        delta: for recovered segments.
+        epsilon: for recovered segments.
+        search: for recovered segments.
+        scale: factor of the logits.
+        is_causal: must be True.
+        enable_gqa: allow H to be a multiple of H_kv.
+        key_padding_mask: bool ``(B, m)``, of this rank's tokens.
+        key_bias: ``(B, H, m)``, of this rank's tokens.
+        lag_bias: ``(B, H, n)``, or what broadcasts to it, whole and the same in all ranks. Its gradient
+            in a rank is of what that rank computes: the sum over the ranks is the gradient.
+        document_lengths: of the whole sequence.
+        gradient: ``"forward"`` or ``"attention"``.
+        backend: as with one process.
+        max_bytes: as with one process.
+        layout: ``"heads"``, whole heads for each rank; ``"columns"``, value columns; ``"auto"``, heads
+            where there are as many as ranks. It changes how, never what is computed.
+        exchange: what travels beside the values: ``"queries"``, queries and keys; ``"logits"``, the
+            logits of each query with the first keys of all segments, for given segments and
+            ``gradient="forward"``; ``"auto"``, logits where columns are spread, queries are not of a
+            half type and k <= d, else queries. It changes how, never what is computed.
+        timeout: seconds in which each exchange is over, or an error names the rank that is missing.
+            A rank counts as missing when it comes later than half of that.
+
+    Returns:
+        ``(B, H, m, d_v)`` of this rank's tokens; a DTensor placed as the query if that is one.
+
+    Raises:
+        InputError: (a ValueError) what cannot be used, in this rank.
+        DistributedError: another rank has something else or refuses its tensors, has died or hangs; the
+            message names it.
+
+    Accuracy:
+        That of one process, whatever the number of ranks. With whole heads and queries a rank computes
+        what one process does, to the last bit where it chooses the same backend; otherwise rounding
+        differs as it does between backends: by up to 5e-5 in rows with small gradients at n = 4,097
+        (docs/distributed.md).
+
+    Complexity:
+        With W ranks, time and memory of one process for H / W heads. A rank sends (2 d + 2 d_v) n / W²
+        numbers of each head to each other rank, or (k + 2 d_v) n / W² with logits. Where columns are
+        spread, logits (or queries and keys) go to all ranks of a head: k n or 2 d n numbers in each.
+
+    Source:
+        All-to-all between tokens and heads: DeepSpeed-Ulysses (arXiv 2309.14509). Columns: F4, a
+        convolution takes each column by itself.
+
+    Example:
+        With two processes, ``torchrun --nproc-per-node 2``: see docs/several-machines.md.
+    """
+    kind, parts = unwrap(mesh, query=query, key=key, value=value)
+    ranks = ranks_of(kind.mesh, timeout)
+    result = autocast_dtype(parts[0])
+    same = {
+        "num_bases": num_bases,
+        "starts": starts,
+        "segment_length": segment_length,
+        "window": window,
+        "delta": delta,
+        "epsilon": epsilon,
+        "search": search,
+        "scale": scale,
+        "is_causal": is_causal,
+        "key_bias": None if key_bias is None else [str(key_bias.dtype), key_bias.requires_grad],
+        "lag_bias": None if lag_bias is None else [list(lag_bias.shape), lag_bias.requires_grad],
+        "document_lengths": document_lengths,
+        "gradient": gradient,
+        "backend": backend,
+        "max_bytes": max_bytes,
+        "layout": layout,
+        "exchange": exchange,
+    }
+    described = {name: told(value) for name, value in same.items()}
+    tokens = begin(ranks, parts[0], parts[1], parts[2], key_padding_mask, enable_gqa, described)
+    options = {
+        "num_bases": num_bases,
+        "starts": starts,
+        "segment_length": segment_length,
+        "window": window,
+        "delta": delta,
+        "epsilon": epsilon,
+        "search": search,
+    }
+    with torch.autocast(parts[0].device.type, enabled=False):
+        output = _attend(
+            tokens,
+            parts[0],
+            parts[1],
+            parts[2],
+            key_padding_mask,
+            key_bias,
+            lag_bias,
+            document_lengths,
+            options,
+            scale=scale,
+            is_causal=is_causal,
+            gradient=gradient,
+            backend=backend,
+            max_bytes=max_bytes,
+            layout=layout,
+            exchange=exchange,
+        )
+    output = output.to(parts[0].dtype if result is None else result)
+    return kind.wrap(output, query.shape[1])
+
+
+def _attend(
+    tokens: Tokens,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    key_bias: Tensor | None,
+    lag_bias: Tensor | None,
+    document_lengths: Sequence[int] | None,
+    segments: dict[str, Any],
+    *,
+    scale: float | None,
+    is_causal: bool,
+    gradient: str,
+    backend: str,
+    max_bytes: int | None,
+    layout: str,
+    exchange: str,
+) -> Tensor:
+    """Run; the tensors are checked, the arguments are the same in all ranks."""
+    batch, heads, _, d = query.shape
+    n = tokens.n
+    if is_causal is not True:
+        raise InputError(f"is_causal={describe(is_causal)}: a conv basis is causal")
+    check_layout(layout)
+    check_backend(backend)
+    check_gradient(gradient)
+    factor = check_scale(scale, d)
+    if max_bytes is not None:
+        check_positive_int("max_bytes", max_bytes, "a number of bytes")
+    whole = query.new_zeros((1, 1, 1, 1)).expand(batch, heads, n, d)
+    lag_bias = expanded_bias("lag_bias", lag_bias, whole)
+    key_bias = expanded_bias("key_bias", key_bias, query)
+    tensors = [query, key, value]
+    if key_bias is not None:
+        tensors.append(key_bias[..., None])
+    if any(tensor.dtype != query.dtype for tensor in tensors):
+        tensors = [tensor.float() if tensor.dtype in _HALF else tensor for tensor in tensors]
+    query, key, value = tensors[:3]
+    given = None
+    if document_lengths is not None:
+        document_lengths = check_documents(document_lengths, n)
+    else:
+        given = check_segments(batch, heads, n, query.device, **segments, warn=False).starts
+    real = tokens.gather_mask(mask)
+    sizes = Sizes(heads, key.shape[1], value.shape[-1])
+    pieces = shares(layout, sizes, tokens.ranks.size)
+    by_segment = _logits_travel(exchange, given, gradient)
+    if exchange == "auto":
+        spread_out = not whole_heads(layout, sizes, tokens.ranks.size)
+        few = given is not None and given.shape[-1] <= d
+        by_segment &= spread_out and few and query.dtype not in _HALF
+    if by_segment:
+        assert given is not None
+        if mask is not None:
+            query, key = (x.masked_fill(~mask[:, None, :, None], 0.0) for x in (query, key))
+        places = first_real_keys(given, real, batch, n)
+        first = gather_tokens(tokens.ranks, tokens.lengths, key, places)
+        logits = segment_logits_of(query, first, factor)
+        tensors = [logits, value, *tensors[3:]]
+        segments = {"starts": given}
+    roads = Roads(
+        tokens.ranks,
+        tokens.lengths,
+        [[part for piece in own for part in _parts(piece, by_segment, tensors)] for own in pieces],
+        pieces,
+        heads,
+        value.shape[-1],
+    )
+    own = pieces[tokens.ranks.rank]
+
+    def local(arrived: list[Tensor], everywhere: list[Tensor]) -> list[Tensor]:
+        parts = iter(arrived)
+        outputs = []
+        for piece in own:
+            q = next(parts)
+            v, sharing = next(parts) if by_segment else None, heads // key.shape[1]
+            if by_segment:
+                assert given is not None
+                assert v is not None
+                k = unit_keys(given, n, q).expand(batch, v.shape[1], -1, -1)
+            else:
+                k, v = next(parts), next(parts)
+            k, v = (for_heads(piece, sharing, x) for x in (k, v))
+            outputs.append(
+                attention_of_one(
+                    q,
+                    k,
+                    v,
+                    **segments,
+                    scale=1.0 if by_segment else scale,
+                    enable_gqa=True,
+                    key_padding_mask=real,
+                    key_bias=next(parts)[..., 0] if key_bias is not None else None,
+                    lag_bias=everywhere[0][:, piece.heads] if everywhere else None,
+                    document_lengths=document_lengths,
+                    gradient=gradient,
+                    backend=backend,
+                    max_bytes=max_bytes,
+                )
+            )
+        return outputs
+
+    return spread(roads, local, tensors, [] if lag_bias is None else [lag_bias])
+
+
+def _logits_travel(exchange: object, given: Tensor | None, gradient: str) -> bool:
+    """Return whether logits can travel instead of queries and keys, as far as that is asked for."""
+    if exchange not in ("auto", "queries", "logits"):
+        raise InputError(
+            f"exchange={describe(exchange)} is not known; use 'auto', 'queries' or 'logits'"
+        )
+    can = given is not None and given.ndim == 1 and gradient == "forward"
+    if exchange == "logits" and not can:
+        raise InputError(
+            "exchange='logits' needs segment_length, or starts (k,) for all heads, no packed "
+            "documents, and gradient='forward'; use exchange='auto'"
+        )
+    return can and exchange != "queries"
+
+
+def _parts(piece: Piece, by_segment: bool, tensors: Sequence[Tensor]) -> list[Part]:
+    """Return which parts of the tensors a piece needs: logits or queries and keys, values, biases."""
+    heads = [piece.heads, piece.kv_heads] if by_segment else [piece.heads, *[piece.kv_heads] * 2]
+    parts = [
+        (place, own, slice(0, tensor.shape[-1]))
+        for place, (tensor, own) in enumerate(zip(tensors, [*heads, piece.heads], strict=False))
+    ]
+    values = len(heads) - 1
+    parts[values] = (values, piece.kv_heads, piece.columns)
+    return parts

@@ -1,0 +1,89 @@
+"""Before work: all ranks tell what they were given, and every rank raises the same error if it differs.
+
+Numbers and JSON text alone are exchanged, as tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..errors import ConvBasisError, DistributedError
+from .ranks import Ranks
+
+_T = TypeVar("_T")
+_FIELDS = 4  # digest, bytes of text, whether this rank refused, a number of its own
+
+
+def agree(
+    ranks: Ranks, device: torch.device, check: Callable[[], tuple[Mapping[str, Any], int, _T]]
+) -> tuple[list[int], _T]:
+    """Check this rank's arguments, compare them with those of all, and return every rank's own number.
+
+    Args:
+        ranks: the processes.
+        device: of the exchanged numbers.
+        check: returns what must be the same in all ranks (values that JSON can hold), a number that
+            may differ, and what it has made on the way. What it raises is raised here, and told to the
+            other ranks.
+
+    Raises:
+        ConvBasisError: of check.
+        DistributedError: another rank's check failed, or it was given something else; both are named.
+    """
+    refused: ConvBasisError | None = None
+    made: _T | None = None
+    number = 0
+    try:
+        same, number, made = check()
+        text = json.dumps(same)
+    except ConvBasisError as error:
+        refused = error
+        text = json.dumps({"error": str(error)})
+    own = text.encode()
+    digest = int.from_bytes(hashlib.sha256(own).digest()[:7], "big")
+    row = torch.tensor([digest, len(own), refused is not None, number], device=device)
+    rows = [got.tolist() for got in ranks.gather(row, [_FIELDS] * ranks.size)]
+    if any(got[2] for got in rows) or len({got[0] for got in rows}) > 1:
+        letters = torch.frombuffer(bytearray(own), dtype=torch.uint8).to(device)
+        texts = ranks.gather(letters, [got[1] for got in rows])
+        told = [json.loads(bytes(part.tolist())) for part in texts]
+        if refused is not None:
+            raise refused
+        raise DistributedError(_difference(told, [bool(got[2]) for got in rows]))
+    assert made is not None
+    return [got[3] for got in rows], made
+
+
+def fingerprint(tensor: Tensor | None) -> str | None:
+    """Return what tells tensors apart that must be the same in all ranks."""
+    if tensor is None:
+        return None
+    digest = hashlib.sha256(json.dumps(tensor.tolist()).encode())
+    return f"{tensor.dtype} {tuple(tensor.shape)} {digest.hexdigest()[:16]}"
+
+
+def _difference(told: list[dict[str, Any]], refused: list[bool]) -> str:
+    """Return which rank was given what, the first difference alone."""
+    for rank, (content, no) in enumerate(zip(told, refused, strict=True)):
+        if no:
+            return f"rank {rank} cannot go on: {content.get('error')}"
+    names = list(dict.fromkeys(name for content in told for name in content))
+    for name in names:
+        values = [content.get(name) for content in told]
+        # The odd one out is the rank that differs from what most have.
+        texts = [json.dumps(value) for value in values]
+        usual = max(texts, key=texts.count)
+        odd = [rank for rank, text in enumerate(texts) if text != usual]
+        if odd:
+            other = texts.index(usual)
+            return (
+                f"{name} differs: rank {odd[0]} has {texts[odd[0]]}, but rank {other} has {usual}; "
+                "give every rank the same"
+            )
+    return "the ranks were given different arguments"

@@ -1,0 +1,113 @@
+"""The processes of one call: their group, and the one collective, with a time limit, that is used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..checks import check_nonnegative, describe
+from ..errors import DistributedError, InputError
+from .failure import forget_note, post_mortem
+
+# What part of the time limit a collective may take. The rest is for finding out whose fault it was.
+_SHARE = 0.5
+
+
+class Traffic:
+    """Bytes that this process has sent to other ranks, and calls that sent them; read by benchmarks."""
+
+    def __init__(self) -> None:
+        """Begin at zero."""
+        self.sent = 0
+        self.collectives = 0
+
+    def count(self, sent: int) -> None:
+        """Count one collective."""
+        self.sent += sent
+        self.collectives += 1
+
+
+TRAFFIC = Traffic()
+_broken: set[str] = set()
+_known: set[str] = set()
+
+
+class Ranks(NamedTuple):
+    """The processes of one mesh, as one of them sees it."""
+
+    group: Any
+    rank: int
+    size: int
+    timeout: float
+    """Seconds from the beginning of a collective in which it is done, or an error is raised."""
+
+    def all_to_all(
+        self, blocks: Sequence[Sequence[Tensor]], counts: Sequence[int], like: Tensor
+    ) -> list[Tensor]:
+        """Send some tensors to each rank, and return what the ranks sent to this one, flat.
+
+        Args:
+            blocks: for each rank, tensors of any shapes.
+            counts: numbers of entries that come from each rank.
+            like: a tensor of the dtype and device of all.
+
+        Raises:
+            DistributedError: a rank is missing; it is named.
+        """
+        name = self.group.group_name
+        if name in _broken:
+            raise DistributedError(
+                "a collective of this process group has failed before, so that its ranks are no longer "
+                "in step; end the processes, and start again from a checkpoint"
+            )
+        sizes = [sum(x.numel() for x in own) for own in blocks]
+        given = torch.cat([like.new_empty(0), *(x.reshape(-1) for own in blocks for x in own)])
+        taken = like.new_empty(sum(counts))
+        options = dist.AllToAllOptions()
+        options.timeout = timedelta(seconds=self.timeout * _SHARE)
+        try:
+            self.group.alltoall_base(taken, given, list(counts), sizes, options).wait()
+        except RuntimeError as error:
+            _broken.add(name)
+            raise post_mortem(self.group, self.timeout * (1 - _SHARE), str(error)) from error
+        TRAFFIC.count((given.numel() - sizes[self.rank]) * given.element_size())
+        return list(taken.split(list(counts)))
+
+    def gather(self, block: Tensor, counts: Sequence[int]) -> list[Tensor]:
+        """Return the flat tensors of all ranks; see `all_to_all`."""
+        return self.all_to_all([[block]] * self.size, counts, block)
+
+
+def ranks_of(mesh: object, timeout: object) -> Ranks:
+    """Return the processes of a mesh of one dimension.
+
+    Raises:
+        InputError: mesh is none, of more dimensions, or this process is not in it.
+    """
+    if not isinstance(mesh, DeviceMesh):
+        raise InputError(
+            f"mesh is {describe(mesh)}; a DeviceMesh of one dimension is wanted: "
+            "torch.distributed.init_device_mesh makes one"
+        )
+    if mesh.ndim != 1:
+        raise InputError(
+            f"mesh has the dimensions {mesh.mesh_dim_names or mesh.ndim}; give the one that the tokens "
+            'are spread over, as mesh["tokens"]'
+        )
+    limit = check_nonnegative("timeout", timeout)
+    if not limit:
+        raise InputError("timeout=0 leaves no time; give a number of seconds")
+    group = mesh.get_group()
+    rank = dist.get_rank(group)
+    if rank < 0:
+        raise InputError("this process is no rank of the mesh")
+    if group.group_name not in _known:
+        _known.add(group.group_name)
+        forget_note(group)
+    return Ranks(group, rank, dist.get_world_size(group), limit)

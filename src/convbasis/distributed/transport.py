@@ -1,0 +1,190 @@
+"""From token shards to shares of heads and columns, and back; the same roads for gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import ConvBasisError
+from .failure import leave_note
+from .ranks import Ranks
+from .shares import Piece
+
+# One part of a tensor ``(B, heads, tokens, columns)``: its place among the tensors, heads and columns.
+Part = tuple[int, slice, slice]
+# From what a rank received for its pieces, over all tokens, and from what every rank has, to the
+# outputs ``(B, heads, n, columns)`` of its pieces.
+Local = Callable[[list[Tensor], list[Tensor]], list[Tensor]]
+
+
+class Roads(NamedTuple):
+    """What goes where."""
+
+    ranks: Ranks
+    lengths: list[int]
+    """Tokens of each rank."""
+    wanted: list[list[Part]]
+    """For each rank, the parts of the inputs that it needs of all tokens."""
+    pieces: list[list[Piece]]
+    """For each rank, the outputs that it computes."""
+    heads: int
+    width: int
+
+    def to_shares(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return the parts that this rank wants, over all tokens."""
+        batch = tensors[0].shape[0]
+        blocks = [[tensors[i][:, h, :, c] for i, h, c in parts] for parts in self.wanted]
+        own = self.wanted[self.ranks.rank]
+        shapes = [[(batch, _count(h), length, _count(c)) for _, h, c in own] for length in self.lengths]
+        return _joined(exchange(self.ranks, blocks, shapes, tensors[0]))
+
+    def from_shares(self, grads: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return the gradients of this rank's tokens, from those of the parts that it wanted."""
+        batch = tensors[0].shape[0]
+        length = self.lengths[self.ranks.rank]
+        shapes = [[(batch, _count(h), length, _count(c)) for _, h, c in w] for w in self.wanted]
+        arrived = exchange(self.ranks, _by_rank(grads, self.lengths), shapes, tensors[0])
+        sums = [torch.zeros_like(tensor) for tensor in tensors]
+        for parts, blocks in zip(self.wanted, arrived, strict=True):
+            for (i, h, c), block in zip(parts, blocks, strict=True):
+                sums[i][:, h, :, c] += block
+        return sums
+
+    def to_tokens(self, outputs: Sequence[Tensor], like: Tensor) -> Tensor:
+        """Return the output of this rank's tokens, from the pieces that all ranks computed."""
+        batch, length = like.shape[0], self.lengths[self.ranks.rank]
+        shapes = [
+            [(batch, _count(p.heads), length, _count(p.columns)) for p in pieces]
+            for pieces in self.pieces
+        ]
+        arrived = exchange(self.ranks, _by_rank(outputs, self.lengths), shapes, like)
+        output = like.new_empty((batch, self.heads, length, self.width))
+        for pieces, blocks in zip(self.pieces, arrived, strict=True):
+            for piece, block in zip(pieces, blocks, strict=True):
+                output[:, piece.heads, :, piece.columns] = block
+        return output
+
+    def from_tokens(self, grad: Tensor) -> list[Tensor]:
+        """Return the gradients of the outputs that this rank computed, over all tokens."""
+        batch = grad.shape[0]
+        blocks = [[grad[:, p.heads, :, p.columns] for p in pieces] for pieces in self.pieces]
+        own = self.pieces[self.ranks.rank]
+        shapes = [
+            [(batch, _count(p.heads), length, _count(p.columns)) for p in own]
+            for length in self.lengths
+        ]
+        return _joined(exchange(self.ranks, blocks, shapes, grad))
+
+
+def spread(
+    roads: Roads, local: Local, tensors: Sequence[Tensor], everywhere: Sequence[Tensor] = ()
+) -> Tensor:
+    """Return attention of this rank's tokens, computed in shares of heads and columns.
+
+    Args:
+        roads: what goes where.
+        local: computes this rank's pieces.
+        tensors: ``(B, heads, tokens, columns)`` each, of this rank's tokens, of one dtype.
+        everywhere: what every rank has whole. Its gradient in a rank is that of the rank's pieces: the
+            sum over ranks is the gradient, as with other parameters that ranks share.
+
+    Raises:
+        DistributedError: a rank is missing, or failed by itself.
+    """
+    output: Tensor = _Spread.apply(roads, local, len(tensors), *tensors, *everywhere)
+    return output
+
+
+class _Spread(torch.autograd.Function):
+    """One node for both roads, so that every rank goes them in the same order whatever it computes."""
+
+    @staticmethod
+    def forward(ctx: Any, roads: Roads, local: Local, count: int, *given: Tensor) -> Tensor:
+        tensors, everywhere = given[:count], [tensor.detach() for tensor in given[count:]]
+        arrived = roads.to_shares(tensors)
+        needed = any(ctx.needs_input_grad)
+        with noted(roads.ranks), torch.set_grad_enabled(needed):
+            if needed:
+                for part in (*arrived, *everywhere):
+                    part.requires_grad_()
+            outputs = local(arrived, everywhere)
+        if needed:
+            ctx.graph = arrived, everywhere, outputs
+        ctx.roads = roads
+        ctx.save_for_backward(*tensors)
+        return roads.to_tokens([output.detach() for output in outputs], tensors[0])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        roads: Roads = ctx.roads
+        arrived, everywhere, outputs = ctx.graph
+        del ctx.graph
+        incoming = roads.from_tokens(grad)
+        sources = [*arrived, *everywhere]
+        found: Sequence[Tensor | None] = [None] * len(sources)
+        with noted(roads.ranks):
+            if outputs:
+                found = torch.autograd.grad(outputs, sources, incoming, allow_unused=True)
+        whole = [
+            torch.zeros_like(part) if own is None else own
+            for part, own in zip(sources, found, strict=True)
+        ]
+        own_tokens = roads.from_shares(whole[: len(arrived)], ctx.saved_tensors)
+        return None, None, None, *own_tokens, *whole[len(arrived) :]
+
+
+class noted:
+    """Leave a note for the other ranks, which wait for this one, when it fails by itself."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        """Keep whose ranks they are."""
+        self._ranks = ranks
+
+    def __enter__(self) -> None:
+        """Begin."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
+        """Leave the note."""
+        if error is not None and (isinstance(error, ConvBasisError | RuntimeError | MemoryError)):
+            leave_note(self._ranks.group, f"{type(error).__name__}: {error}")
+
+
+def exchange(
+    ranks: Ranks,
+    blocks: Sequence[Sequence[Tensor]],
+    shapes: Sequence[Sequence[tuple[int, ...]]],
+    like: Tensor,
+) -> list[list[Tensor]]:
+    """Send some tensors to each rank, and return those of known shapes that came from each."""
+    sizes = [[_product(shape) for shape in own] for own in shapes]
+    arrived = ranks.all_to_all(blocks, [sum(own) for own in sizes], like)
+    return [
+        [part.view(shape) for part, shape in zip(x.split(own), of, strict=True)] if own else []
+        for x, own, of in zip(arrived, sizes, shapes, strict=True)
+    ]
+
+
+def _by_rank(tensors: Sequence[Tensor], lengths: list[int]) -> list[list[Tensor]]:
+    """Return the tokens of each rank, of tensors over all tokens."""
+    parts = [tensor.split(lengths, dim=2) for tensor in tensors]
+    return [[part[rank] for part in parts] for rank in range(len(lengths))]
+
+
+def _joined(arrived: list[list[Tensor]]) -> list[Tensor]:
+    """Return tensors over all tokens, from the ranks' parts of each."""
+    return [torch.cat(parts, dim=2) for parts in zip(*arrived, strict=True)]
+
+
+def _count(part: slice) -> int:
+    return int(part.stop - part.start)
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    size = 1
+    for length in shape:
+        size *= length
+    return size

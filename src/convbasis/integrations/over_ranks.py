@@ -1,0 +1,117 @@
+"""The prompt of a planned layer whose tokens are spread over ranks: each attends for some heads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..distributed.by_heads import attend_by_heads
+from ..distributed.call import begin
+from ..distributed.hybrid import hybrid_attention
+from ..distributed.ranks import ranks_of
+from ..distributed.shares import Piece
+from ..errors import InputError
+from ..plan import HeadPlan
+from .exact import Mask
+from .masks import MaskSpec
+from .planned import AppliedPlan
+from .prefill import Prefill, planned_prefill
+from .reasons import why_exact
+
+
+def prefill_over_ranks(
+    applied: AppliedPlan,
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Mask,
+    heads: Sequence[HeadPlan],
+    options: dict[str, Any],
+) -> tuple[Prefill, Sequence[HeadPlan]]:
+    """Return causal attention of one layer for this rank's tokens of whole prompts.
+
+    Args:
+        applied: the plan, and its mesh.
+        module: the model's attention module.
+        query: ``(B, H, m, d)``, of this rank's tokens.
+        key: ``(B, H_kv, m, d)``.
+        value: ``(B, H_kv, m, d_v)``.
+        mask: of this rank's tokens.
+        heads: the plan of each of the H heads.
+        options: what else the model passes on.
+
+    Returns:
+        the output of these tokens with which of the heads fell back, in whatever rank; and what each
+        head was to compute in a prompt of this length.
+
+    Raises:
+        InputError: tokens in a cache, or attention that is more than causal.
+        DistributedError: ranks that do not fit together, or one that is missing.
+    """
+    if not isinstance(mask, MaskSpec) or not mask.begins or key.shape[2] != query.shape[2]:
+        raise InputError(
+            "a model whose tokens are spread over ranks attends to whole prompts alone: no cache "
+            "before them, no mask of one's own; decode with a model that has no mesh"
+        )
+    reason = why_exact(module, query, mask, options, len(heads))
+    if reason is not None:
+        raise InputError(f"tokens that are spread over ranks cannot be attended to with {reason}")
+    if torch.is_autocast_enabled(query.device.type):  # rotary positions leave float32
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
+    ranks = ranks_of(applied.mesh, applied.timeout)
+    scaling = options.get("scaling")
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    own = mask.padding(query.device)
+    real = query.new_ones((len(query), query.shape[2]), dtype=torch.bool) if own is None else own
+    same = {"scale": scale, "plan": applied.plan.texts_sha256, "layer": module.layer_idx}
+    tokens = begin(ranks, query, key, value, real, True, same)
+    n = tokens.n
+    window = mask.window
+    padding: Tensor | None = tokens.gather_mask(real)
+    if padding is not None and bool(padding.all()):
+        padding = None
+    exact = [HeadPlan(None)] * len(heads)
+    fallen_back = torch.zeros(len(query), len(heads), dtype=torch.bool)
+    if window is not None and window < n:
+        output = hybrid_attention(
+            query,
+            key,
+            value,
+            mesh=applied.mesh,
+            window=window,
+            sinks=0,
+            columns=0,
+            scale=scale,
+            enable_gqa=True,
+            key_padding_mask=None if padding is None else real,
+            timeout=applied.timeout,
+        )
+        return Prefill(output, fallen_back), exact
+    if n <= applied.min_length or (module.training and not applied.training):
+        heads = exact
+
+    def attend(piece: Piece, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        done = planned_prefill(
+            query,
+            key,
+            value,
+            heads[piece.heads],
+            scale=scale,
+            padding=padding,
+            tolerance=applied.tolerance(n),
+        )
+        fallen_back[:, piece.heads] = done.fallen_back
+        return done.output
+
+    output = attend_by_heads(tokens, query, key, value, "heads", attend)
+    # So that the model's report is the same in all ranks.
+    everyones = ranks.gather(
+        fallen_back.to(torch.uint8).to(query.device), [fallen_back.numel()] * ranks.size
+    )
+    total = torch.stack(everyones).amax(0).view(fallen_back.shape).bool().cpu()
+    return Prefill(output, total), heads

@@ -1,0 +1,92 @@
+"""What goes wrong in one rank, on purpose, and what the other ranks then say."""
+
+import os
+import signal
+import time
+
+import torch
+from sharded_checks import inputs, mesh_of, own, split
+
+from convbasis import distributed
+
+TIMEOUT = 8.0  # seconds; half of it is for the exchange
+
+
+def attend(rank, ranks, **changes):
+    lengths = split(96, ranks)
+    tensors = [own(x, lengths, rank) for x in inputs(1, 3, 3, 96, 8, 8)]
+    options = {"mesh": mesh_of(ranks), "segment_length": 20, "timeout": TIMEOUT, **changes}
+    return distributed.conv_basis_attention(*options.pop("tensors", tensors), **options)
+
+
+def told(call):
+    """Return the message of the error that a call raises, and how long it took."""
+    begin = time.monotonic()
+    try:
+        call()
+    except (distributed.DistributedError, ValueError) as error:
+        return type(error).__name__, str(error), time.monotonic() - begin
+    return "no error", "", time.monotonic() - begin
+
+
+def mismatches(rank, ranks):
+    """What ranks were given differs; the group stays whole, so that all run in one launch."""
+    found = {}
+    odd = rank == 1
+    found["heads"] = told(
+        lambda: attend(rank, ranks, **({"tensors": inputs(1, 2, 2, 30, 8, 8)} if odd else {}))
+    )
+    found["dtype"] = told(
+        lambda: attend(
+            rank, ranks, **({"tensors": inputs(1, 3, 3, 32, 8, 8, torch.float64)} if odd else {})
+        )
+    )
+    found["argument"] = told(lambda: attend(rank, ranks, segment_length=21 if odd else 20))
+    bad = inputs(1, 3, 3, 32, 8, 8)
+    bad[1][0, 0, 5, 0] = float("nan")
+    found["nan"] = told(lambda: attend(rank, ranks, **({"tensors": bad} if odd else {})))
+    found["hybrid"] = told(
+        lambda: distributed.hybrid_attention(
+            *inputs(1, 1, 1, 10, 8, 8), mesh=mesh_of(ranks), window=7 + odd
+        )
+    )
+    found["after"] = told(lambda: attend(rank, ranks))
+    return found
+
+
+def hang():
+    while True:
+        signal.pause()
+
+
+def missing(rank, ranks, way):
+    """Rank 2 of some dies, hangs or fails, before the call, in it or in the backward pass."""
+    attend(rank, ranks)
+    if rank == 2 and way == "dies before":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if rank == 2 and way == "hangs before":
+        hang()
+    if rank == 2 and way in ("dies within", "fails within"):
+        from convbasis.distributed import attention
+
+        def stop(*_, **__):
+            if way == "fails within":
+                raise RuntimeError("no memory is left")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        attention.attention_of_one = stop
+    if way == "hangs in backward":
+        query, key, value = (x.requires_grad_() for x in inputs(1, 3, 3, 32, 8, 8))
+        output = attend(rank, ranks, tensors=[query, key, value])
+        if rank == 2:
+            hang()
+        return told(lambda: output.sum().backward())
+    if way == "fails within" and rank == 2:
+        try:
+            attend(rank, ranks)
+        except RuntimeError as error:
+            return type(error).__name__, str(error), 0.0
+    first = told(lambda: attend(rank, ranks))
+    again = told(lambda: attend(rank, ranks))
+    assert "has failed before" in again[1]
+    return first

@@ -1,0 +1,94 @@
+"""Several processes for one test: all checks of a number of ranks run in one launch.
+
+They are forked from a server that has imported everything once. What a rank returns, or its error,
+comes back as JSON.
+"""
+
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+import traceback
+from datetime import timedelta
+from multiprocessing import connection, forkserver
+from pathlib import Path
+
+import torch
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["sharded_checks", "model_checks", "failing_checks"])
+
+
+def _serve():
+    """Start the server, which looks for modules where this process does only if it is told so."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    try:
+        forkserver.ensure_running()
+    finally:
+        del os.environ["PYTHONPATH"]
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
+
+
+def launch(ranks, function, *arguments, wait=120, killed=()):
+    """Run function(rank, *arguments) in so many processes of one group; return what each returned.
+
+    Ranks that are killed on purpose return nothing.
+    """
+    _serve()
+    with tempfile.TemporaryDirectory() as folder:
+        started = [
+            _CONTEXT.Process(target=_run, args=(rank, ranks, folder, function, arguments))
+            for rank in range(ranks)
+        ]
+        for process in started:
+            process.start()
+        waiting = {process.sentinel: rank for rank, process in enumerate(started)}
+        end = time.monotonic() + wait
+        while set(waiting.values()) - set(killed) and time.monotonic() < end:
+            for sentinel in connection.wait(list(waiting), end - time.monotonic()):
+                rank = waiting.pop(sentinel)
+                started[rank].join()
+                if started[rank].exitcode and rank not in killed:
+                    end = min(end, time.monotonic() + 2)  # the others wait for it in vain
+        for place in Path(folder).glob("*.json"):
+            told = json.loads(place.read_text())
+            assert "error" not in told, told["error"]
+        late = [rank for rank in waiting.values() if rank not in killed]
+        for process in started:
+            process.kill()
+            process.join()
+        assert not late, f"ranks {late} still ran after {wait} s"
+        found = []
+        for rank in range(ranks):
+            place = Path(folder) / f"{rank}.json"
+            if rank in killed:
+                found.append(None)
+                continue
+            assert place.is_file(), f"rank {rank} left nothing"
+            told = json.loads(place.read_text())
+            found.append(told["returned"])
+        return found
+
+
+def _run(rank, ranks, folder, function, arguments):
+    torch.set_num_threads(1)
+    os.environ["CONVBASIS_RATES"] = str(Path(tempfile.gettempdir()) / "convbasis-no-rates.json")
+    place = Path(folder) / f"{rank}.json"
+    try:
+        torch.distributed.init_process_group(
+            "gloo",
+            init_method=f"file://{folder}/store",
+            rank=rank,
+            world_size=ranks,
+            timeout=timedelta(seconds=60),
+        )
+        told = {"returned": function(rank, *arguments)}
+        place.write_text(json.dumps(told))
+        torch.distributed.destroy_process_group()
+    except BaseException:
+        place.write_text(json.dumps({"error": f"rank {rank}: {traceback.format_exc()}"}))
+        os._exit(1)

@@ -1,0 +1,210 @@
+"""Checks that run in the ranks of one launch: sharded attention against that of one process."""
+
+import torch
+from comparison import assert_close
+from torch.distributed.device_mesh import init_device_mesh
+
+import convbasis as cb
+from convbasis import distributed
+
+
+def mesh_of(ranks):
+    return init_device_mesh("cpu", (ranks,), mesh_dim_names=("tokens",))
+
+
+def split(n, ranks, kind="even"):
+    """Return the tokens of each rank: as torch.chunk, or uneven, the first ranks with few."""
+    if kind == "even" or ranks == 1:
+        return [len(x) for x in torch.arange(n).tensor_split(ranks)]
+    sizes = [3 + 2 * rank for rank in range(ranks - 1)]
+    return [*sizes, n - sum(sizes)] if kind == "uneven" else [0, *split(n, ranks - 1)]
+
+
+def own(tensor, lengths, rank, dim=2):
+    return tensor.split(lengths, dim)[rank].detach().clone()
+
+
+def inputs(batch, heads, kv_heads, n, d, d_v, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((batch, heads, n, d), (batch, kv_heads, n, d), (batch, kv_heads, n, d_v))
+    return [torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes]
+
+
+def compare(rank, lengths, single, sharded, tensors, dims, everywhere=(), limit=1e-5):
+    """Compare output and gradients of one process with those of this rank.
+
+    Args:
+        single: takes whole tensors.
+        sharded: takes this rank's.
+        tensors: whole ones, which are split along dims.
+        everywhere: tensors that every rank has.
+    """
+    whole = [x.clone().requires_grad_(x.is_floating_point()) for x in (*tensors, *everywhere)]
+    expected = single(*whole)
+    up = torch.randn(expected.shape, generator=torch.Generator().manual_seed(7), dtype=expected.dtype)
+    expected.backward(up)
+    mine = [own(x, lengths, rank, dim) for x, dim in zip(tensors, dims, strict=True)]
+    mine = [x.requires_grad_(x.is_floating_point()) for x in (*mine, *(x.clone() for x in everywhere))]
+    output = sharded(*mine)
+    output.backward(own(up, lengths, rank))
+    near = {"whole": limit, "row": limit}
+    expected = expected.detach()
+    pairs = [(own(expected, lengths, rank), output.detach(), expected)]
+    for index, dim in enumerate(dims):
+        if whole[index].grad is not None:
+            pairs.append(
+                (own(whole[index].grad, lengths, rank, dim), mine[index].grad, whole[index].grad)
+            )
+    for want, found, of in pairs:
+        assert want.shape == found.shape
+        if want.numel():
+            # A row whose gradient all but cancels is held against the mean row.
+            rows = torch.linalg.vector_norm(of.double(), dim=-1) if of.ndim == 4 else of.double().abs()
+            floor = rows.mean()
+            scale = (
+                torch.linalg.vector_norm(want.double(), dim=-1)
+                if want.ndim == 4
+                else want.double().abs()
+            )
+            if want.ndim != 4:
+                want, found = want[..., None], found[..., None]
+            assert_close(want, found, **near, row_scale=scale.clamp(min=floor))
+    for index in range(len(dims), len(whole)):
+        total = mine[index].grad.clone()
+        torch.distributed.all_reduce(total)
+        assert_close(whole[index].grad, total, whole=limit, row=10 * limit)
+
+
+def conv_basis(rank, ranks):
+    mesh = mesh_of(ranks)
+    cases = [
+        # batch, heads, kv_heads, n, d, d_v, split, options
+        (1, 4, 4, 333, 16, 16, "even", {"segment_length": 37}),
+        (2, 4, 2, 93, 8, 6, "uneven", {"segment_length": 7, "exchange": "logits"}),
+        (2, 4, 2, 257, 8, 12, "uneven", {"segment_length": 16}),  # queries and keys
+        (1, 1, 1, 301, 16, 8, "even", {"segment_length": 50}),  # one head: columns
+        (2, 2, 1, 129, 4, 7, "empty", {"segment_length": 9, "gradient": "attention"}),
+        (1, 5, 1, 200, 16, 3, "even", {"num_bases": 3, "delta": 0.5}),
+        (1, 6, 3, 97, 8, 8, "uneven", {"starts": [0, 20, 77], "layout": "columns"}),
+        (1, 3, 3, 64, 8, 5, "even", {"segment_length": 11, "backend": "partitioned"}),
+        (1, 1, 1, 90, 8, 4, "even", {"segment_length": 40, "layout": "heads"}),  # ranks without work
+    ]
+    for batch, heads, kv_heads, n, d, d_v, kind, options in cases:
+        tensors = inputs(batch, heads, kv_heads, n, d, d_v)
+        lengths = split(n, ranks, kind)
+        one = {name: x for name, x in options.items() if name not in ("layout", "exchange")}
+        compare(
+            rank,
+            lengths,
+            lambda *x, one=one: cb.conv_basis_attention(*x, enable_gqa=True, **one),
+            lambda *x, options=options: distributed.conv_basis_attention(
+                *x, mesh=mesh, enable_gqa=True, timeout=60, **options
+            ),
+            tensors,
+            (2, 2, 2),
+        )
+
+
+def biases_and_padding(rank, ranks):
+    mesh = mesh_of(ranks)
+    n, lengths = 201, split(201, ranks)
+    real = torch.ones(2, n, dtype=torch.bool)
+    real[0, :30] = real[1, 180:] = real[1, 90:95] = False
+    for kv_heads, length, exchange in ((2, 20, "queries"), (4, 60, "logits")):
+        q, k, v = inputs(2, 4, kv_heads, n, 8, 6)
+        by_key, by_lag = torch.randn(2, 4, n), torch.randn(4, n)
+        options = {"segment_length": length, "enable_gqa": True, "exchange": exchange}
+        biased(rank, mesh, lengths, [q, k, v, by_key], by_lag, None, options)
+        q[0, :, :30] = float("nan")  # never used
+        biased(rank, mesh, lengths, [q, k, v, by_key], by_lag, real, options)
+
+
+def biased(rank, mesh, lengths, tensors, by_lag, mask, options):
+    own_mask = None if mask is None else own(mask, lengths, rank, 1)
+
+    def single(q, k, v, by_key, by_lag):
+        more = {"key_bias": by_key, "lag_bias": by_lag, "key_padding_mask": mask}
+        one = {name: x for name, x in options.items() if name != "exchange"}
+        return cb.conv_basis_attention(q, k, v, **more, **one)
+
+    def sharded(q, k, v, by_key, by_lag):
+        more = {"key_bias": by_key, "lag_bias": by_lag, "key_padding_mask": own_mask}
+        return distributed.conv_basis_attention(q, k, v, mesh=mesh, **more, **options)
+
+    compare(rank, lengths, single, sharded, tensors, (2, 2, 2, 2), [by_lag])
+
+
+def documents(rank, ranks):
+    mesh = mesh_of(ranks)
+    n, lengths = 150, split(150, ranks, "uneven")
+    packed = {"segment_length": 16, "document_lengths": [40, 1, 69, 40], "enable_gqa": True}
+    compare(
+        rank,
+        lengths,
+        lambda *x: cb.conv_basis_attention(*x, **packed),
+        lambda *x: distributed.conv_basis_attention(*x, mesh=mesh, **packed),
+        inputs(1, 2, 1, n, 8, 5),
+        (2, 2, 2),
+    )
+
+
+def half_types(rank, ranks):
+    mesh = mesh_of(ranks)
+    lengths = split(100, ranks)
+    tensors = inputs(1, 4, 2, 100, 8, 8, torch.bfloat16)
+    want = cb.conv_basis_attention(*tensors, segment_length=20, enable_gqa=True)
+    found = distributed.conv_basis_attention(
+        *(own(x, lengths, rank) for x in tensors), mesh=mesh, segment_length=20, enable_gqa=True
+    )
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, own(want, lengths, rank))
+
+
+def hybrid(rank, ranks):
+    mesh = mesh_of(ranks)
+    cases = [
+        # heads, kv_heads, n, split, options
+        (4, 2, 401, "even", {"window": 32, "columns": 8}),
+        (2, 1, 301, "uneven", {"window": 170, "columns": 5, "sinks": 2}),  # halos of several ranks
+        (1, 1, 260, "empty", {"window": 40, "columns": 0}),
+        (2, 2, 100, "even", {"window": 200}),
+        (3, 3, 500, "even", {"window": 64, "columns": 4, "blocks": 1}),
+        (1, 1, 450, "even", {"window": 64, "columns": 4, "far_field": "segments", "num_segments": 4}),
+        (2, 1, 250, "even", {"window": 32, "columns": 4, "layout": "columns"}),
+    ]
+    for heads, kv_heads, n, kind, options in cases:
+        lengths = split(n, ranks, kind)
+        one = {name: x for name, x in options.items() if name != "layout"}
+        compare(
+            rank,
+            lengths,
+            lambda *x, one=one: cb.hybrid_attention(*x, enable_gqa=True, **one),
+            lambda *x, options=options: distributed.hybrid_attention(
+                *x, mesh=mesh, enable_gqa=True, **options
+            ),
+            inputs(2, heads, kv_heads, n, 16, 8),
+            (2, 2, 2),
+        )
+
+
+def hybrid_with_padding(rank, ranks):
+    mesh = mesh_of(ranks)
+    lengths = split(300, ranks)
+    q, k, v = inputs(2, 2, 2, 300, 8, 8)
+    real = torch.ones(2, 300, dtype=torch.bool)
+    real[0, :60] = real[1, 250:] = False
+    want = cb.hybrid_attention(q, k, v, window=40, key_padding_mask=real)
+    mask = own(real, lengths, rank, 1)
+    mine = (own(x, lengths, rank) for x in (q, k, v))
+    found = distributed.hybrid_attention(*mine, mesh=mesh, window=40, key_padding_mask=mask)
+    assert_close(own(want, lengths, rank), found, whole=1e-5, row=1e-5)
+
+
+CHECKS = (conv_basis, biases_and_padding, documents, half_types, hybrid, hybrid_with_padding)
+
+
+def everything(rank, ranks):
+    for check in CHECKS:
+        torch.manual_seed(0)
+        check(rank, ranks)
+    return True

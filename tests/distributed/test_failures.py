@@ -1,0 +1,55 @@
+"""Ranks that do not fit, die or hang: all others say so, and name the rank, within the time limit."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import failing_checks
+import pytest
+from processes import launch
+
+
+def test_what_differs_is_named_in_every_rank():
+    every = launch(3, failing_checks.mismatches, 3)
+    for rank, found in enumerate(every):
+        for name, words in {
+            "heads": "number of query heads differs: rank 1 has 2, but rank 0 has 3",
+            "dtype": 'dtype differs: rank 1 has "torch.float64", but rank 0 has "torch.float32"',
+            "argument": "segment_length differs: rank 1 has 21, but rank 0 has 20",
+            "hybrid": "window differs: rank 1 has 8, but rank 0 has 7",
+        }.items():
+            kind, message, _ = found[name]
+            assert kind == "DistributedError"
+            assert words in message
+        kind, message, _ = found["nan"]
+        assert kind == ("InputError" if rank == 1 else "DistributedError")
+        assert "key holds 1 NaN or Inf" in message
+        assert rank == 1 or message.startswith("rank 1 cannot go on: key holds")
+        assert found["after"][0] == "no error"
+
+
+WAYS = {
+    "dies before": "rank 2 took no part",
+    "hangs before": "rank 2 took no part",
+    "dies within": "rank 2 took no part",
+    "fails within": "rank 2 failed: RuntimeError: no memory is left",
+    "hangs in backward": "rank 2 took no part",
+}
+
+
+@pytest.fixture(scope="module")
+def broken():
+    """What the ranks of each way said; they wait at the same time."""
+
+    def of(way):
+        killed = () if way == "fails within" else (2,)
+        return launch(3, failing_checks.missing, 3, way, killed=killed)
+
+    with ThreadPoolExecutor(len(WAYS)) as pool:
+        return dict(zip(WAYS, pool.map(of, WAYS), strict=True))
+
+
+@pytest.mark.parametrize(("way", "words"), WAYS.items())
+def test_a_missing_rank_is_named(way, words, broken):
+    for kind, message, seconds in broken[way][:2]:
+        assert kind == "DistributedError"
+        assert words in message
+        assert seconds < failing_checks.TIMEOUT + 2

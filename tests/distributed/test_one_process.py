@@ -1,0 +1,106 @@
+"""A group of one process, in the process of the tests; and what is said of groups that failed."""
+
+import json
+
+import cost_checks
+import model_checks
+import pytest
+import sharded_checks
+import torch
+import torch.distributed as dist
+
+from convbasis.distributed import failure, handshake
+
+
+@pytest.fixture(scope="module")
+def group(tmp_path_factory):
+    store = dist.FileStore(str(tmp_path_factory.mktemp("group") / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+CHECKS = (*sharded_checks.CHECKS, *model_checks.CHECKS)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_one_rank_is_one_process(check, group):
+    check(0, 1)
+
+
+def test_one_rank_sends_nothing(group):
+    assert all(row[2:] == [0, 0] for row in cost_checks.sent(0, 1))
+
+
+class Group:
+    """Rank 0 of three, with a store."""
+
+    group_name = "fake"
+
+    def __init__(self, store=None):
+        self.store = dist.HashStore() if store is None else store
+
+    def rank(self):
+        return 0
+
+    def size(self):
+        return 3
+
+    def get_group_store(self):
+        return self.store
+
+
+def noted(**messages):
+    group = Group()
+    for rank, message in messages.items():
+        group.store.set(f"convbasis/failed/{rank[1:]}", json.dumps({"message": message}))
+    return str(failure.post_mortem(group, 0.05, "Connection closed\nat some line"))
+
+
+def test_a_rank_without_a_note_is_missing():
+    assert noted(r1="") == (
+        "rank 2 took no part in a collective and left no note in 0.05 s after it failed: the process "
+        "has died or hangs (Connection closed)"
+    )
+    assert noted().startswith("rank 1, rank 2 took no part")
+
+
+def test_a_rank_that_failed_by_itself_is_told():
+    assert noted(r1="", r2="RuntimeError: no memory") == "rank 2 failed: RuntimeError: no memory"
+
+
+def test_ranks_that_are_all_alive_need_more_time():
+    assert "although all ranks are alive: Connection closed" in noted(r1="", r2="")
+
+
+def test_a_store_that_does_not_answer_is_told(monkeypatch):
+    class Gone:
+        def check(self, names):
+            raise RuntimeError("Broken pipe")
+
+    told = str(failure.post_mortem(Group(Gone()), 0.05, ""))
+    assert "a collective failed (no message)" in told
+    assert "does not answer (Broken pipe)" in told
+
+
+def test_own_notes_are_forgotten():
+    group = Group()
+    failure.leave_note(group, "once")
+    failure.forget_note(group)
+    assert not group.store.check(["convbasis/failed/0"])
+
+
+def test_the_odd_one_out_is_named():
+    told = [{"heads": 2, "dtype": "a"}, {"heads": 2, "dtype": "b"}, {"heads": 2, "dtype": "b"}]
+    assert handshake._difference(told, [False] * 3) == (
+        'dtype differs: rank 0 has "a", but rank 1 has "b"; give every rank the same'
+    )
+    assert handshake._difference([{}, {"error": "no"}], [False, True]) == "rank 1 cannot go on: no"
+    assert "different arguments" in handshake._difference([{}, {}], [False, False])
+
+
+def test_fingerprints_tell_tensors_apart():
+    starts = torch.tensor([0, 3])
+    assert handshake.fingerprint(starts) == handshake.fingerprint(starts.clone())
+    assert handshake.fingerprint(starts) != handshake.fingerprint(starts + 1)
+    assert handshake.fingerprint(starts) != handshake.fingerprint(starts.float())
