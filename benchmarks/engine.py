@@ -39,7 +39,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import convbasis as cb
-from convbasis.report.timing import interleaved_medians
+from convbasis.timing import interleaved_medians
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results"

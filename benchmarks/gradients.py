@@ -21,7 +21,7 @@ import torch
 from memory import resident_bytes
 
 import convbasis as cb
-from convbasis.report.timing import interleaved_medians
+from convbasis.timing import interleaved_medians
 
 ROOT = Path(__file__).parent.parent
 

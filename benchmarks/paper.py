@@ -29,7 +29,7 @@ import convbasis as cb
 from convbasis.integrations.capture import CapturedLayer, cached_layers, default_cache
 from convbasis.integrations.smollm2 import NAME, load_smollm2, load_tokenizer, sample_text, token_ids
 from convbasis.report.figures import Curve, error_figure
-from convbasis.report.timing import interleaved_medians
+from convbasis.timing import interleaved_medians
 
 ROOT = Path(__file__).parent.parent
 KS = (1, 2, 5, 16, 64, 256, 512)

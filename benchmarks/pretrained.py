@@ -1,8 +1,8 @@
 """A pretrained model on long prompts: what a plan costs and what it changes.
 
-    python benchmarks/pretrained.py calibrate [--length 8192] [--budget 0.003]
+    python benchmarks/pretrained.py calibrate [--length 8192] [--budget 0.0025]
     python benchmarks/pretrained.py score [--lengths 2048 4096 8192] [--text FILE ...]
-    python benchmarks/pretrained.py curve [--budgets 0.0005 0.001 0.003 0.005 0.02]
+    python benchmarks/pretrained.py curve [--budgets 0.0005 0.001 0.0025 0.005 0.02]
     python benchmarks/pretrained.py parts [--lengths 2048 4096 8192]
     python benchmarks/pretrained.py passkey [--lengths 2048 4096 8192]
     python benchmarks/pretrained.py long [--lengths 32768]
@@ -43,6 +43,7 @@ import convbasis as cb
 from convbasis.integrations.calibrate import calibrate as calibrate_model
 from convbasis.integrations.capture import attending, capture_layers
 from convbasis.integrations.compare import run_prompt, timed_attention
+from convbasis.integrations.planned import fallbacks_by_head
 from convbasis.integrations.smollm2 import load_smollm2, sample_text, token_ids
 from convbasis.plan import HeadPlan, HeadSetting, Plan
 from convbasis.plan.choice import choose
@@ -186,7 +187,7 @@ def replanned(options: argparse.Namespace, plan: Plan, budget: float | None, far
     ]
     chosen = choose(
         [measured],
-        [kept["costs"]["costs"][index] for index in used],
+        [kept["costs"]["costs"][-1][index] for index in used],
         [steps[index] for index in used],
         options.margin * plan.tolerance,
         budget,
@@ -221,22 +222,28 @@ def score(options: argparse.Namespace) -> None:
 
 
 def parts(options: argparse.Namespace) -> None:
+    """Every head with the same setting: KL, and its cost, which is measured apart from it."""
     loaded = load_smollm2()
     plan = Plan.load(plan_file(options))
     settings = {name: PARTS[name] for name in options.methods or PARTS}
-    methods: dict[str, Method] = {"exact": None}
-    methods |= {name: Planned(uniform(plan, own), False) for name, own in settings.items()}
-    rows = _score_texts(loaded, methods, texts(options.text, prose=True), options)
-    for n in options.lengths:
-        ids = token_ids(loaded.tokenizer, sample_text(), n)
-        costs: dict[str, list[float]] = {name: [] for name in settings}
-        for given in capture_layers(loaded.model, ids, (5, 14, 23)).values():
-            found = measure_costs(*given, list(settings.values())).costs[-1]
-            for name, cost in zip(settings, found, strict=True):
-                costs[name].append(cost)
-        for row in rows:
-            if row["n"] == n and row["method"] in costs:
-                row["cost"] = statistics.median(costs[row["method"]])
+    place = options.folder / "pretrained-parts.json"
+    if options.costs:
+        rows = json.loads(place.read_text(encoding="utf-8"))["rows"]
+    else:
+        methods: dict[str, Method] = {"exact": None}
+        methods |= {name: Planned(uniform(plan, own), False) for name, own in settings.items()}
+        rows = _score_texts(loaded, methods, texts(options.text, prose=True), options)
+        _save(place, rows)
+    ids = token_ids(loaded.tokenizer, sample_text(), max(options.lengths))
+    costs: dict[tuple[int, str], list[float]] = {}
+    for given in capture_layers(loaded.model, ids, (5, 14, 23)).values():
+        found = measure_costs(*given, list(settings.values()))
+        for n, of_settings in zip(found.lengths, found.costs, strict=True):
+            for name, cost in zip(settings, of_settings, strict=True):
+                costs.setdefault((n, name), []).append(cost)
+    for row in rows:
+        if (row["n"], row["method"]) in costs:
+            row["cost"] = statistics.median(costs[row["n"], row["method"]])
     print("\n| n | all heads use | attention time | KL (95 % interval) | worst text | top-1 |")
     print("|---|---|---|---|---|---|")
     for n in options.lengths:
@@ -248,7 +255,7 @@ def parts(options: argparse.Namespace) -> None:
                 f"| {max(row['kl'] for row in own):.4f} "
                 f"| {statistics.fmean(row['top1'] for row in own):.1%} |"
             )
-    _save(options.folder / "pretrained-parts.json", rows)
+    _save(place, rows)
 
 
 def curve(options: argparse.Namespace) -> None:
@@ -332,6 +339,7 @@ def _score_text(
             with using(model, method, clock):
                 logs, attention, whole = run_prompt(model, ids, SCORED, clock)
                 report = cb.plan_report(model)._asdict() if isinstance(method, Planned) else None
+                cheap = _cheap(model, method.plan) if isinstance(method, Planned) else None
             times[name].append((attention, whole))
             if repeat:
                 continue
@@ -349,6 +357,7 @@ def _score_text(
                 "loss": float(loss.mean()),
                 "top1": float((logs.argmax(-1) == exact.argmax(-1)).double().mean()),
                 "report": report,
+                "cheap": cheap,
             }
     for name, values in times.items():
         attention, whole = (statistics.median(column) for column in zip(*values, strict=True))
@@ -362,6 +371,17 @@ def _score_text(
         }
         line(found[name])
     return list(found.values())
+
+
+def _cheap(model: Any, plan: Plan) -> float:
+    """The part of the heads that cost at most half of exact attention and did not fall back."""
+    fallen = fallbacks_by_head(model)
+    kept = [
+        head.setting is not None and head.cost <= 0.5 and not fallen[layer][number]
+        for layer, heads in enumerate(plan.heads)
+        for number, head in enumerate(heads)
+    ]
+    return sum(kept) / len(kept)
 
 
 def line(row: dict[str, Any]) -> None:
@@ -384,9 +404,10 @@ def line(row: dict[str, Any]) -> None:
 def table(rows: list[dict[str, Any]]) -> None:
     print(
         "\n| n | method | attention | prompt | KL, mean (95 % interval) / worst text "
-        "| perplexity, mean / worst | top-1, mean / worst | heads approximated and kept |"
+        "| perplexity, mean / worst | top-1, mean / worst | heads approximated and kept "
+        "| of these at half the cost or less | fallen back |"
     )
-    print("|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for n in sorted({row["n"] for row in rows}):
         for name in dict.fromkeys(row["method"] for row in rows):
             own = [row for row in rows if row["n"] == n and row["method"] == name]
@@ -398,12 +419,20 @@ def table(rows: list[dict[str, Any]]) -> None:
                 for r in (row["report"] for row in own)
                 if r is not None
             ]
+            cheap = mean("cheap") if kept else 0.0
+            fallen = [
+                r["heads_fallen_back"] / sum(r[k] for k in r if k != "prefills")
+                for r in (row["report"] for row in own)
+                if r is not None
+            ]
             print(
                 f"| {n:,} | {name} | {mean('attention_ratio'):.2f}x | {mean('prompt_ratio'):.2f}x "
                 f"| {kl:.4f} ({low:.4f} to {high:.4f}) / {max(row['kl'] for row in own):.4f} "
                 f"| {mean('loss_ratio') - 1:+.2%} / {worst:.2%} "
                 f"| {mean('top1'):.1%} / {min(row['top1'] for row in own):.1%} "
-                f"| {'' if not kept else f'{statistics.fmean(kept):.0%}'} |"
+                f"| {'' if not kept else f'{statistics.fmean(kept):.1%}'} "
+                f"| {'' if not kept else f'{cheap:.1%}'} "
+                f"| {'' if not kept else f'{statistics.fmean(fallen):.1%}'} |"
             )
 
 
@@ -512,7 +541,7 @@ def main() -> None:
         part.add_argument("--margin", type=float, default=0.6, help="of the tolerance")
         if job is calibrate:
             part.add_argument("--tolerance", type=float, default=0.4)
-            part.add_argument("--budget", type=float, default=0.003, help="KL, in nats")
+            part.add_argument("--budget", type=float, default=0.0025, help="KL, in nats")
             continue
         lengths = {long: [32_768], curve: [8192]}.get(job, [2048, 4096, 8192])
         part.add_argument("--lengths", type=int, nargs="+", default=lengths)
@@ -522,8 +551,10 @@ def main() -> None:
             part.add_argument("--kinds", nargs="*", default=[], help="of texts; all by default")
             part.add_argument("--methods", nargs="*", default=[])
         if job is curve:
-            budgets = [0.0005, 0.001, 0.003, 0.005, 0.02]
+            budgets = [0.0005, 0.001, 0.0025, 0.005, 0.02]
             part.add_argument("--budgets", type=float, nargs="+", default=budgets, help="KL, in nats")
+        if job is parts:
+            part.add_argument("--costs", action="store_true", help="measure costs again, not KL")
         if job is score:
             part.add_argument(
                 "--plans", type=Path, nargs="*", default=[], help="instead of calibrate's"

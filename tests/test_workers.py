@@ -1,8 +1,8 @@
 """Pieces of work on threads: what runs where, and that results do not depend on it."""
 
 import os
+import signal
 import threading
-import time
 
 import pytest
 import torch
@@ -52,6 +52,11 @@ class TestRunAll:
         assert torch.get_num_threads() == 3
         assert torch.is_grad_enabled()
 
+    def test_fewer_tasks_than_threads_share_the_cores(self):
+        torch.set_num_threads(7)
+        assert {threads for _, threads, _ in run_all([where] * 3, [TENSOR])} == {2}
+        assert torch.get_num_threads() == 7
+
     def test_threads_that_begin_later_have_the_common_number(self):
         run_all([where] * 3, [TENSOR])
         found = []
@@ -63,13 +68,13 @@ class TestRunAll:
     @pytest.mark.parametrize(
         ("tasks", "tensor", "mode"),
         [
-            (2, TENSOR, torch.enable_grad),  # fewer than threads
+            (1, TENSOR, torch.enable_grad),
             (6, torch.zeros(1, requires_grad=True), torch.enable_grad),
             (6, torch.zeros(1, device="meta"), torch.enable_grad),
             (6, TENSOR, lambda: FlopCounterMode(display=False)),
             (6, TENSOR, lambda: torch.device("cpu")),
         ],
-        ids=["few", "recorded", "elsewhere", "watched", "overridden"],
+        ids=["alone", "recorded", "elsewhere", "watched", "overridden"],
     )
     def test_work_that_stays_on_this_thread(self, tasks, tensor, mode):
         with mode():
@@ -101,21 +106,22 @@ class TestRunAll:
                 assert run_all([torch.is_inference_mode_enabled] * 3, [TENSOR]) == [mode] * 3
 
     def test_the_first_error_is_raised_and_the_rest_is_left(self):
-        done, begin = [], threading.Barrier(3)
+        done, begin, raised = [], threading.Barrier(3), threading.Event()
 
         def fail(number):
             begin.wait(60)
             raise ValueError(number)
 
-        def slow():
-            time.sleep(0.01)
+        def wait():
+            raised.wait(60)
             done.append(1)
 
-        tasks = [*(lambda number=number: fail(number) for number in range(3)), *[slow] * 500]
+        tasks = [*(lambda number=number: fail(number) for number in range(3)), *[wait] * 500]
         with pytest.raises(ValueError, match="0"):
             run_all(tasks, [TENSOR])
-        assert len(done) < 500
+        raised.set()
         assert run_all([lambda: 1] * 3, [TENSOR]) == [1] * 3  # they go on
+        assert len(done) <= 3
 
     def test_threads_that_cannot_be_made_leave_nothing_waiting(self, monkeypatch):
         monkeypatch.setattr(workers, "_pools", {})
@@ -143,7 +149,12 @@ class TestRunAll:
         child = os.fork()
         if not child:
             os._exit(0 if run_all([lambda: 1] * 3, [TENSOR]) == [1] * 3 else 1)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(60)  # a child that hangs ends the tests
+        try:
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        finally:
+            signal.alarm(0)
 
 
 @pytest.mark.parametrize(

@@ -19,17 +19,17 @@ from torch import Tensor
 T = TypeVar("T")
 
 _own = threading.local()  # marks the threads of pools
-_pools: dict[int, ThreadPoolExecutor] = {}
+_pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
 _making = threading.Lock()
 
 
 def run_all(tasks: Sequence[Callable[[], T]], tensors: Iterable[Tensor]) -> list[T]:
     """Return what each task returns, in order; several run at the same time where that is possible.
 
-    They start in the order given, on as many threads as torch may use (`torch.get_num_threads`); the
-    operators of each run on one core. They run one after another, on this thread, where gradients are
-    recorded, on an accelerator, where somebody watches the operators (a mode, a transform, a compiler),
-    where there are fewer tasks than threads, and within a task.
+    They start in the order given, on as many threads as torch may use (`torch.get_num_threads`), and no
+    more than there are tasks, among whose operators the threads that are left are shared out. They run
+    one after another, on this thread, where gradients are recorded, on an accelerator, where somebody
+    watches the operators (a mode, a transform, a compiler), and within a task.
 
     Args:
         tasks: functions without arguments.
@@ -39,7 +39,8 @@ def run_all(tasks: Sequence[Callable[[], T]], tensors: Iterable[Tensor]) -> list
         whatever the first task that fails raises; those that have not begun are left out.
     """
     threads = torch.get_num_threads()
-    if threads < 2 or len(tasks) < threads or not _may_leave(tensors):
+    workers = min(threads, len(tasks))
+    if workers < 2 or not _may_leave(tensors):
         return [task() for task in tasks]
     inference = torch.is_inference_mode_enabled()
 
@@ -47,7 +48,7 @@ def run_all(tasks: Sequence[Callable[[], T]], tensors: Iterable[Tensor]) -> list
         with torch.inference_mode(inference), torch.no_grad():
             return task()
 
-    pool = _pool(threads)
+    pool = _pool(workers, threads // workers)
     running = [pool.submit(run, task) for task in tasks]
     try:
         return [each.result() for each in running]
@@ -63,10 +64,17 @@ def _may_leave(tensors: Iterable[Tensor]) -> bool:
         not getattr(_own, "marked", False)
         and all(x.device.type == "cpu" and not (recorded and x.requires_grad) for x in tensors)
         and not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._len_torch_function_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and not watched()
         and _threads_have_counts()
+    )
+
+
+def watched() -> bool:
+    """Whether operators may not be what they seem: a mode or a transform is between them and torch."""
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
     )
 
 
@@ -76,32 +84,35 @@ def _threads_have_counts() -> bool:
     return "OpenMP" in torch.__config__.parallel_info()
 
 
-def _pool(threads: int) -> ThreadPoolExecutor:
-    """Return threads whose operators run on one core each."""
+def _pool(workers: int, cores: int) -> ThreadPoolExecutor:
+    """Return threads whose operators run on so many cores each."""
     with _making:
-        if threads not in _pools:
-            _pools[threads] = _new_pool(threads)
-        return _pools[threads]
+        if (workers, cores) not in _pools:
+            _pools[workers, cores] = _new_pool(workers, cores)
+        return _pools[workers, cores]
 
 
-def _new_pool(threads: int) -> ThreadPoolExecutor:
-    ready = threading.Barrier(threads + 1)
+def _new_pool(workers: int, cores: int) -> ThreadPoolExecutor:
+    threads = torch.get_num_threads()
+    ready = threading.Barrier(workers + 1)
 
     def prepare() -> None:
         _own.marked = True
         torch.get_num_threads()  # a thread takes over the common number when it first asks
-        torch.set_num_threads(1)
+        torch.set_num_threads(cores)
 
-    pool = ThreadPoolExecutor(threads, "convbasis", initializer=prepare)
+    pool = ThreadPoolExecutor(workers, "convbasis", initializer=prepare)
     try:
-        for _ in range(threads):
+        for _ in range(workers):
             pool.submit(ready.wait)
         ready.wait()
     except BaseException:
         ready.abort()
         pool.shutdown(wait=False)
         raise
-    torch.set_num_threads(threads)  # what threads of others begin with is not what ours did
+    # What threads of others begin with is not what ours did; one that first asks in these few
+    # microseconds would keep it.
+    torch.set_num_threads(threads)
     return pool
 
 

@@ -8,7 +8,7 @@ import torch
 import convbasis as cb
 from convbasis.cli.bench import Timed, bench_report, crossover
 from convbasis.cli.results import provenance
-from convbasis.report.timing import interleaved_medians
+from convbasis.timing import interleaved_medians
 
 SMALL = ["bench", "--lengths", "64,128", "--bases", "1,4", "--repeats", 1, "--head-dim", 8]
 

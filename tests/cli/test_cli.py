@@ -22,7 +22,7 @@ from convbasis.report.figures import (
     pareto_figure,
     times_figure,
 )
-from convbasis.report.timing import interleaved_medians
+from convbasis.timing import interleaved_medians
 
 runner = CliRunner()
 

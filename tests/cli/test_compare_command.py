@@ -45,6 +45,18 @@ def test_losses_are_those_of_the_model(loaded, plan_file):
         assert 0 < scored.attention_seconds < scored.prompt_seconds
 
 
+def test_the_text_of_the_calibration_is_named(run, words, plan_file, tmp_path):
+    first = run(*words, "--no-fallback")
+    assert not any("calibrated on" in note for note in first["notes"])
+    of_text = json.loads(plan_file.read_text())
+    of_text["texts_sha256"] = first["provenance"]["sources"][0]["sha256"]
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps(of_text))
+    words[words.index("--plan") + 1] = own
+    notes = run(*words, "--no-fallback")["notes"]
+    assert any("random.txt is what the plan was calibrated on" in note for note in notes)
+
+
 def test_the_model_is_as_before(loaded, plan_file):
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 

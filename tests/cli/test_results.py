@@ -95,7 +95,9 @@ def test_failures_are_one_line_and_a_code(monkeypatch, error, code, message):
     assert len(result.stderr.strip().splitlines()) == 1
     if isinstance(error, Exception):
         again = runner.invoke(app, ["--debug", "doctor"])
-        assert again.exception is error
+        assert again.exit_code == code
+        assert again.stderr.startswith("Traceback")
+        assert type(error).__name__ in again.stderr.splitlines()[-1] or len(str(error).splitlines()) > 1
 
 
 @pytest.mark.filterwarnings("default")

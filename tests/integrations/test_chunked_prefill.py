@@ -123,6 +123,29 @@ def test_a_new_prompt_begins_anew():
     assert torch.equal(first, in_chunks(model, tokens, bounds))
 
 
+def test_a_chunk_of_another_prompt_is_exact(caplog):
+    """Two prompts that take turns: nothing of the one is taken for the other's."""
+    model, _ = chunked()
+    one, two = ids(200), ids(200).flip(1)
+    caches = DynamicCache(), DynamicCache()
+    in_chunks(model, one, [(0, 100)], caches[0])
+    in_chunks(model, two, [(0, 100)], caches[1])
+    before = cb.plan_report(model).heads_approximated
+    with caplog.at_level(logging.WARNING, "convbasis"):
+        in_chunks(model, one, [(100, 200)], caches[0])
+    assert "of another prompt" in caplog.text
+    assert cb.plan_report(model).heads_approximated == before
+
+
+def test_the_mask_of_a_long_chunk_takes_linear_memory(monkeypatch):
+    model, reference = chunked(plan={"tolerance": 1e-9, "exact_heads": (1,)}, dynamic=True)
+    monkeypatch.setattr("convbasis.integrations.chunks._ROWS", 30)
+    tokens = ids(200)
+    with torch.no_grad():
+        expected = reference(tokens).logits
+    assert worst(in_chunks(model, tokens, [(0, 40), (40, 200)]), expected) <= 1e-4
+
+
 def test_padded_prompts_are_exact(caplog):
     model, reference = chunked()
     tokens, mask = padded(ids(200, 2), "left", (0, 13))

@@ -25,10 +25,11 @@ import convbasis as cb
 from convbasis.integrations import prefill
 from convbasis.integrations.exact import exact_attention
 from convbasis.integrations.masks import MaskSpec
+from convbasis.integrations.planned import fallbacks_by_head
 from convbasis.integrations.reasons import why_exact
 from convbasis.integrations.smollm2 import sample_text, token_ids
 from convbasis.integrations.transformers import load_plan, save_plan
-from convbasis.plan import HeadSetting
+from convbasis.plan import HeadSetting, Size
 
 PADDINGS = (None, "left", "right")
 
@@ -386,8 +387,8 @@ class TestPrefill:
         """Let the bounds of pieces of work be others."""
         compute = prefill.attend_pieces
 
-        def judged(query, key, value, pieces, *args):
-            found, after = compute(query, key, value, pieces, *args)
+        def judged(query, key, value, pieces, *args, **options):
+            found, after = compute(query, key, value, pieces, *args, **options)
             for place, (b, heads, _) in enumerate(pieces):
                 found[place] = found[place]._replace(bound=torch.full((len(heads),), bound(b, heads)))
             return found, after
@@ -433,13 +434,54 @@ class TestPrefill:
         ]
         compute, order = prefill.attend_pieces, []
 
-        def seen(query, key, value, pieces, *args):
+        def seen(query, key, value, pieces, *args, **options):
             order.extend(head for _, (head,), _ in pieces)
-            return compute(query, key, value, pieces, *args)
+            return compute(query, key, value, pieces, *args, **options)
 
         monkeypatch.setattr(prefill, "attend_pieces", seen)
         self.run(self.heads(batch=1), heads)
         assert order == [2, 0, 3, 1]
+
+
+GROWING = HeadSetting(Size(16, 100, 1.0), 2, Size(2, 100, 1.0))
+
+
+class TestPaddedPrompts:
+    """Sizes, the crossover and counts are those of each prompt, whatever it is padded to."""
+
+    def batch(self, side, short=70):
+        """A prompt of 160 tokens, and a shorter one that is padded to it; and where that one is."""
+        tokens = ids(160, 2)
+        place = slice(0, short) if side == "right" else slice(160 - short, 160)
+        mask = torch.ones_like(tokens)
+        mask[1] = 0
+        mask[1, place] = 1
+        return tokens, mask, place
+
+    @pytest.mark.parametrize("side", ["left", "right"])
+    def test_a_setting_that_grows_is_that_of_the_prompt_alone(self, side):
+        model, _ = planned(setting=GROWING, dynamic=False)
+        tokens, mask, place = self.batch(side)
+        with torch.no_grad():
+            found = model(tokens, attention_mask=mask).logits
+            alone = model(tokens[1:, place]).logits
+        assert worst(found[1, place], alone[0]) <= 1e-5
+
+    def test_a_short_prompt_beside_a_long_one_is_exact(self):
+        model, reference = planned(setting=GROWING, min_length=80, dynamic=False)
+        tokens, mask, place = self.batch("right")
+        with torch.no_grad():
+            found, exact = (own(tokens, attention_mask=mask).logits for own in (model, reference))
+        assert cb.plan_report(model) == (2, 8, 8, 0)
+        assert worst(found[1, place], exact[1, place]) <= 1e-5
+        assert worst(found[0], exact[0]) > 1e-3
+
+    def test_fallbacks_are_known_by_head(self):
+        model, _ = planned(setting=LITTLE, plan={"tolerance": 1e-9})
+        assert fallbacks_by_head(model) == [[0] * 4] * 2
+        logits(model, inputs(80))
+        assert fallbacks_by_head(model) == [[2] * 4] * 2
+        assert cb.plan_report(model).heads_fallen_back == 16
 
 
 class TestNotFinite:

@@ -16,7 +16,7 @@ def load() -> Callable[[], None]:
         if (error.name or "").split(".")[0] not in ("typer", "rich", "click"):
             raise
         print(MissingExtraError("the command line", "cli", error), file=sys.stderr)
-        sys.exit(2)
+        sys.exit(1)
     return app
 
 

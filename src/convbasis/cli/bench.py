@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from ..attention import conv_basis_attention
 from ..hybrid import hybrid_attention
 from ..report.content import Cell, Chart, Line, Provenance, Report, Table
-from ..report.timing import interleaved_medians
+from ..timing import interleaved_medians
 from .progress import one_bar
 from .results import check_outputs, deliver, provenance, rounded
 from .words import numbers

@@ -111,6 +111,12 @@ def comparison_report(
         "exact attention over the cache that the prompt left. KL is of the next token's distribution, "
         "from exact to planned. Times include fits, choices and error estimates.",
     ]
+    own_texts = [one.name for one, _ in found if one.sha256 == plan.texts_sha256]
+    if own_texts:
+        notes.append(
+            f"{own_texts[0]} is what the plan was calibrated on: others (--text) tell what it does "
+            "on yours."
+        )
     if prompt <= min_length:
         notes.append(
             f"All heads were exact: the plan leaves prompts of at most {min_length:,} tokens exact "

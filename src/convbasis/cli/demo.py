@@ -24,8 +24,8 @@ from ..planted import PlantedQK, planted_qk
 from ..recover import recover
 from ..report.content import Chart, Line, Report, Table
 from ..report.figures import Curve, Triple, attention_figure, require_matplotlib
-from ..report.timing import interleaved_medians
 from ..storage import save_text
+from ..timing import interleaved_medians
 from .progress import bars
 from .results import STANDARD_OUTPUT, check_outputs, deliver, provenance, rounded
 from .words import numbers

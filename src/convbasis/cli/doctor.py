@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import time
 from pathlib import Path
@@ -16,7 +15,7 @@ from ..convolve.rates import rates_file, read_rates
 from ..dispatch import BACKENDS, last_dispatch
 from ..errors import InputError
 from ..report.content import Cell, Report, Table
-from .results import check_outputs, deliver, provenance, rounded
+from .results import check_outputs, deliver, provenance, rounded, version_of
 
 _EXTRAS = {
     "cli": ("typer", "rich"),
@@ -99,8 +98,7 @@ def _extras() -> tuple[tuple[Cell, ...], ...]:
     for extra, packages in _EXTRAS.items():
         for package in packages:
             found = importlib.util.find_spec(package) is not None
-            version = importlib.metadata.version(package.replace("_", "-")) if found else "missing"
-            rows.append((extra, package, version))
+            rows.append((extra, package, version_of(package) if found else "missing"))
     return tuple(rows)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 import warnings
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -51,9 +52,10 @@ def one_line_errors(command: _Command) -> _Command:
         except (typer.Exit, typer.Abort, typer.BadParameter):
             raise
         except Exception as error:
-            if debug.get():
-                raise
             code, message = _describe(error)
+            if debug.get():
+                traceback.print_exc()
+                raise typer.Exit(code) from None
             _say(f"error: {message}", "red")
             raise typer.Exit(code) from None
 

@@ -94,7 +94,7 @@ def provenance(
     versions["python"] = platform.python_version()
     for name in _TOOK_PART:
         if name in sys.modules:
-            versions[name] = importlib.metadata.version(name)
+            versions[name] = version_of(name)
     typed = shlex.join(["convbasis", *sys.argv[1:]]) if command is None else command
     now = datetime.datetime.now(datetime.timezone.utc)
     return Provenance(
@@ -106,6 +106,14 @@ def provenance(
         model=model,
         sources=tuple(sources),
     )
+
+
+def version_of(package: str) -> str:
+    """Return the version of a package that can be imported."""
+    try:
+        return importlib.metadata.version(package.replace("_", "-"))
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def source(name: str, ids: Tensor) -> Source:

@@ -22,11 +22,11 @@ class HybridDispatch(NamedTuple):
     """What one call computed."""
 
     parts: tuple[str, ...]
-    """Names of the parts that were merged."""
+    """Names of the parts that were merged, in any sequence."""
     keys_per_query: float
     """Keys with exact logits, in the mean over queries; segments count one each."""
     sampled_rows: int
-    """Rows of exact attention, for fits and estimate together."""
+    """Rows of exact attention, for fits and estimate together, in the longest sequence."""
 
 
 class HybridStats(NamedTuple):
@@ -92,9 +92,9 @@ def attend_heads(
     )
     ran = [group for group in groups if group.parts]
     dispatch = HybridDispatch(
-        ran[-1].parts if ran else (),
+        tuple(dict.fromkeys(part for group in ran for part in group.parts)),
         sum(group.keys for group in ran) / max(1, len(ran)),
-        ran[-1].rows if ran else 0,
+        max((group.rows for group in ran), default=0),
     )
     of_batch = (batch, heads)
     stats = HybridStats(
@@ -133,14 +133,16 @@ def attend_pieces(
     mask: Tensor | None,
     estimated: bool,
     running: Sequence[Running] | None = None,
+    into: Tensor | None = None,
 ) -> tuple[list[Group], list[Running]]:
     """Return the attention of each piece of work; several run at the same time, in this order.
 
-    Other arguments, and what is returned beside, are those of `attend_heads`.
+    Other arguments, and what is returned beside, are those of `attend_heads`. Outputs are written to
+    `into` ``(B, H, m, d_v)``, where it is given and no gradient is recorded.
 
     Returns:
-        for each piece output ``(R, m, d_v)`` in the dtype of the query and lse ``(R, m)``; 0 and -inf
-        at padding.
+        for each piece output ``(R, m, d_v)`` in the dtype of the query, none where it is written
+        elsewhere, and lse ``(R, m)``; 0 and -inf at padding.
     """
     work = compute_dtype(query.dtype)
     sharing = query.shape[1] // key.shape[1]
@@ -174,7 +176,9 @@ def attend_pieces(
                 )
                 for part, padding in ((output, 0.0), (lse, -torch.inf))
             )
-        return found._replace(output=output, lse=lse), after
+        if into is not None:
+            into[b, of_queries] = output
+        return found._replace(output=output if into is None else output[:0], lse=lse), after
 
     tasks = [partial(attend, number) for number in range(len(pieces))]
     done = run_all(tasks, (query, key, value))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..kept import kept
 
 _PERIOD = 64  # rows after which those for fits repeat
 _TOGETHER = 32  # rows that are computed over the keys up to the last of them
@@ -45,8 +46,7 @@ def own_rows(rows: Tensor, parity: int, seed: int) -> Tensor:
     return 2 * pairs + (sides[pairs % len(sides)] + parity) % 2
 
 
-@functools.lru_cache(maxsize=256)
-@torch.inference_mode(False)  # later calls may record gradients
+@kept(256)
 def spread_rows(begin: int, end: int, count: int, parity: int, seed: int) -> Tensor:
     """Return about `count` rows of begin .. end - 1, one at random in each equal stretch.
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..kept import kept
 from .piece import piece_attention
 
 BLOCK = 64  # tokens of a block of keys
@@ -43,8 +43,7 @@ class Window(NamedTuple):
         return -(-self.tokens // BLOCK) * BLOCK
 
 
-@functools.lru_cache(maxsize=64)
-@torch.inference_mode(False)  # later calls may record gradients
+@kept(8)
 def _mask_of_groups(window: Window, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return what hides keys from a whole group of queries, the same for each; nobody writes to it."""
     rows = torch.arange(QUERIES, device=device)

@@ -12,6 +12,8 @@ from ..hybrid import HybridState
 from ..plan import ConcreteSetting, HeadPlan
 from .prefill import Prefill, of_heads
 
+_ROWS = 512  # rows of exact heads that share a mask
+
 
 class ChunkedLayer:
     """What one layer carries from chunk to chunk of one batch of prompts."""
@@ -47,6 +49,17 @@ class ChunkedLayer:
         self._count, self._scale = len(heads), scale
         self.length = 0
         """Tokens so far."""
+        self._last: Tensor | None = None
+
+    def goes_on(self, key: Tensor, offset: int) -> bool:
+        """Whether keys ``(B, H_kv, n, d)`` of which `offset` are older are of the same prompts."""
+        last = self._last
+        return (
+            offset == self.length
+            and last is not None
+            and last.shape == key[:, :, 0].shape
+            and torch.equal(last, key[:, :, offset - 1])
+        )
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, tolerance: float | None) -> Prefill:
         """Return causal attention of the next tokens over all so far.
@@ -69,17 +82,33 @@ class ChunkedLayer:
             if tolerance is not None:
                 fallen_back[:, members] = ~(stats.error_estimate <= tolerance).cpu()
         self.length += m
-        again = exact | fallen_back
-        visible = torch.ones(m, key.shape[2], dtype=torch.bool, device=query.device)
-        visible = visible.tril(key.shape[2] - m)
-        for row in range(batch):
-            members = again[row].nonzero()[:, 0].tolist()
+        self._last = key[:, :, -1].clone()
+        for row, again in enumerate((exact | fallen_back).tolist()):
+            members = [head for head in range(self._count) if again[head]]
             if members:
                 chosen = of_heads(members, *(x[row : row + 1] for x in (query, key, value)))
-                output[row, members] = scaled_dot_product_attention(
-                    *chosen, attn_mask=visible, scale=self._scale, enable_gqa=True
-                )[0]
-        return Prefill(output, fallen_back)
+                output[row, members] = _exact(*chosen, self._scale)[0]
+        return Prefill(output, fallen_back, ~exact)
+
+
+def _exact(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Return causal attention of the last rows, some at a time: their mask takes O(n) memory."""
+    m, n = query.shape[2], key.shape[2]
+    found = []
+    for low in range(0, m, _ROWS):
+        rows = torch.arange(low, min(m, low + _ROWS), device=query.device) + n - m
+        end = n - m + low + len(rows)
+        found.append(
+            scaled_dot_product_attention(
+                query[:, :, low : low + len(rows)],
+                key[:, :, :end],
+                value[:, :, :end],
+                attn_mask=torch.arange(end, device=query.device) <= rows[:, None],
+                scale=scale,
+                enable_gqa=True,
+            )
+        )
+    return torch.cat(found, dim=2)
 
 
 def _strictly(sizes: ConcreteSetting) -> ConcreteSetting:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..plan import Plan
+from ..timing import seconds_on
 from .planned import NAME, PlanReport, applied_to, apply_plan, plan_report, remove_plan
 
 
@@ -129,11 +129,11 @@ def timed_attention(model: Any) -> Iterator[Clock]:
 
     clock = Clock()
 
-    def attend(module: Any, *inputs: Any, **options: Any) -> Any:
+    def attend(module: Any, query: Tensor, *inputs: Any, **options: Any) -> Any:
         run = exact_attention if applied_to(module) is None else attention_forward
-        begin = time.perf_counter()
-        result = run(module, *inputs, **options)
-        clock.seconds += time.perf_counter() - begin
+        begin = seconds_on(query.device)
+        result = run(module, query, *inputs, **options)
+        clock.seconds += seconds_on(query.device) - begin
         return result
 
     before = model.config._attn_implementation
@@ -160,9 +160,9 @@ def run_prompt(model: Any, ids: Tensor, scored: int, clock: Clock) -> tuple[Tens
         log-probabilities ``(scored - 1, V)``, and the attention's and the whole prompt's seconds.
     """
     clock.seconds = 0.0
-    begin = time.perf_counter()
+    begin = seconds_on(ids.device)
     done = model(ids[:, :-scored], use_cache=True, logits_to_keep=1)
-    whole, attention = time.perf_counter() - begin, clock.seconds
+    whole, attention = seconds_on(ids.device) - begin, clock.seconds
     rest = model(ids[:, -scored:], past_key_values=done.past_key_values, use_cache=True)
     return rest.logits[0, :-1].float().log_softmax(-1), attention, whole
 

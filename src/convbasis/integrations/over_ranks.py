@@ -31,7 +31,7 @@ def prefill_over_ranks(
     mask: Mask,
     heads: Sequence[HeadPlan],
     options: dict[str, Any],
-) -> tuple[Prefill, Sequence[HeadPlan]]:
+) -> Prefill:
     """Return causal attention of one layer for this rank's tokens of whole prompts.
 
     Args:
@@ -45,8 +45,8 @@ def prefill_over_ranks(
         options: what else the model passes on.
 
     Returns:
-        the output of these tokens with which of the heads fell back, in whatever rank; and what each
-        head was to compute in a prompt of this length.
+        the output of these tokens, with which of the heads were approximated and fell back, in whatever
+        rank.
 
     Raises:
         InputError: tokens in a cache, or attention that is more than causal.
@@ -91,7 +91,7 @@ def prefill_over_ranks(
             key_padding_mask=None if padding is None else real,
             timeout=applied.timeout,
         )
-        return Prefill(output, fallen_back), exact
+        return Prefill(output, fallen_back, fallen_back)
     if n <= applied.min_length or (module.training and not applied.training):
         heads = exact
 
@@ -114,4 +114,5 @@ def prefill_over_ranks(
         fallen_back.to(torch.uint8).to(query.device), [fallen_back.numel()] * ranks.size
     )
     total = torch.stack(everyones).amax(0).view(fallen_back.shape).bool().cpu()
-    return Prefill(output, total), heads
+    approximated = torch.tensor([[head.setting is not None for head in heads]]).expand_as(total)
+    return Prefill(output, total, approximated)

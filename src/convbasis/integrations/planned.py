@@ -9,6 +9,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from ..checks import check_nonnegative_int, describe
 from ..errors import ConvBasisWarning, InputError, MissingPathError
 from ..plan import HeadPlan, Plan
@@ -57,6 +59,8 @@ class AppliedPlan:
     approximated: int = 0
     exact: int = 0
     fallen_back: int = 0
+    fallbacks: dict[int, list[int]] = field(default_factory=dict)
+    """Of each layer, how often each head fell back."""
     told: set[str] = field(default_factory=set)
     chunks: dict[int, ChunkedLayer] = field(default_factory=dict)
     """Of each layer, where the prompt may come in chunks."""
@@ -79,12 +83,24 @@ class AppliedPlan:
             )
         return self.plan.tolerance if self.dynamic or beyond else None
 
-    def count(self, layer: int, prompts: int, *, approximated: int, fallen_back: int) -> None:
-        """Count the heads of one layer over a batch of prompts; all others were exact."""
+    def count(
+        self, layer: int, prompts: int, *, approximated: int = 0, fallen_back: Tensor | None = None
+    ) -> None:
+        """Count the heads of one layer over a batch of prompts; all others were exact.
+
+        Args:
+            layer: its number.
+            prompts: how many there are.
+            approximated: heads that stayed approximated, summed over the prompts.
+            fallen_back: bool ``(B, H)``; None if none did.
+        """
+        again = [0] * self.plan.model.heads if fallen_back is None else fallen_back.sum(0).tolist()
+        own = self.fallbacks.setdefault(layer, [0] * self.plan.model.heads)
+        self.fallbacks[layer] = [old + new for old, new in zip(own, again, strict=True)]
         self.prefills += prompts if layer == 0 else 0
         self.approximated += approximated
-        self.fallen_back += fallen_back
-        self.exact += prompts * self.plan.model.heads - approximated - fallen_back
+        self.fallen_back += sum(again)
+        self.exact += prompts * self.plan.model.heads - approximated - sum(again)
 
     def tell_once(self, reason: str, level: int = logging.WARNING) -> None:
         """Log why a prompt, or a part of it, is attended exactly; each reason once."""
@@ -122,15 +138,15 @@ def apply_plan(
         model: a transformers model whose attention goes through the attention interface.
         plan: made for this model.
         min_length: prompts of at most so many tokens are attended exactly; None for the plan's own
-            measured crossover.
+            measured crossover. Not with chunked=True: how long such a prompt will be is unknown.
         dynamic: compute a head again exactly when its estimated error in a prompt exceeds the plan's
             tolerance. Always so for prompts longer than twice the calibrated length.
         training: approximate in training mode too.
         chunked: the prompt may come in several calls with one cache (chunked prefill): each is
             approximated, strictly causally, with sizes as for a prompt of the calibrated length. What
             the plan weighs or corrects by the whole prompt is left out, so that more heads fall back. A
-            chunk counts as a prefill in the report; a chunk after decoded tokens, or with padding, is
-            exact.
+            chunk counts as a prefill in the report; a chunk after decoded tokens, with padding, or of
+            another prompt than the chunk before it is exact.
         mesh: a DeviceMesh of one dimension: the tokens of every prompt are spread over its ranks, which
             call the model together, each with its own tokens and their position_ids. Each attends for
             some heads; what is not planned is exact. Whole prompts alone: no decoding, no chunks.
@@ -217,6 +233,20 @@ def plan_report(model: Any) -> PlanReport:
     """
     applied = _applied(model)
     return PlanReport(applied.prefills, applied.approximated, applied.exact, applied.fallen_back)
+
+
+def fallbacks_by_head(model: Any) -> list[list[int]]:
+    """Return for each layer and head in how many prompts it fell back since the plan was applied.
+
+    Args:
+        model: a model that `apply_plan` was called on.
+
+    Raises:
+        InputError: the model has no plan.
+    """
+    applied = _applied(model)
+    nothing = [0] * applied.plan.model.heads
+    return [list(applied.fallbacks.get(layer, nothing)) for layer in range(applied.plan.model.layers)]
 
 
 def save_plan(model: Any, folder: str | PathLike[str]) -> Path:

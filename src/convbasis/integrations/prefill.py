@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..checks import check_finite, check_qkv
+from ..checks import check_qkv
 from ..hybrid import hybrid_attention
 from ..hybrid.heads import attend_pieces, pieces_of_work
 from ..hybrid.settings import Settings, check_settings
-from ..plan import ConcreteSetting, HeadPlan
+from ..plan import HeadPlan
 
 
 class Prefill(NamedTuple):
@@ -24,6 +24,8 @@ class Prefill(NamedTuple):
     """``(B, H, n, d_v)``."""
     fallen_back: Tensor
     """bool ``(B, H)``: approximated heads whose estimate exceeded the tolerance, and that are exact."""
+    approximated: Tensor
+    """bool ``(B, H)``: heads that were approximated, those that fell back among them."""
 
 
 def planned_prefill(
@@ -35,33 +37,54 @@ def planned_prefill(
     scale: float,
     padding: Tensor | None,
     tolerance: float | None,
+    min_length: int = 0,
 ) -> Prefill:
     """Return causal attention of one layer over whole prompts, each head by its setting.
 
+    The sizes of settings are those of each prompt's own length, whatever it is padded to.
+
     Args:
-        query: ``(B, H, n, d)``.
-        key: ``(B, H_kv, n, d)``.
-        value: ``(B, H_kv, n, d_v)``.
+        query: ``(B, H, n, d)``, finite.
+        key: ``(B, H_kv, n, d)``, finite.
+        value: ``(B, H_kv, n, d_v)``, finite.
         heads: the plan of each of the H heads.
         scale: factor of the logits.
         padding: bool ``(B, n)``, True for a real token; None if all are.
         tolerance: a head whose estimated error exceeds it in a prompt is computed exactly in that
             prompt; None leaves every head as it is.
+        min_length: prompts of at most so many tokens are exact.
     """
     batch, count, n, _ = query.shape
     check_qkv(query, key, value, True)
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        check_finite(name, tensor, None if padding is None else padding[:, None, :, None])
-    settings = [None if head.setting is None else _settings(head.setting.at(n)) for head in heads]
-    pieces = [piece for b in range(batch) for piece in pieces_of_work(query, key, b, settings)]
+    lengths = [n] * batch if padding is None else padding.sum(1).tolist()
+    settings = {length: _settings(heads, length) for length in lengths if length > min_length}
+    pieces = [
+        piece
+        for b, length in enumerate(lengths)
+        if length in settings
+        for piece in pieces_of_work(query, key, b, settings[length])
+    ]
     # The longest first: then all threads end at about the same time.
     pieces.sort(key=lambda piece: -heads[piece.heads[0]].cost * len(piece.heads))
-    found, _ = attend_pieces(query, key, value, pieces, scale, padding, tolerance is not None)
-    output = query.new_zeros(batch, count, n, value.shape[-1])
+    # As the model wants it in the end: by token, then by head.
+    empty = query.new_empty if padding is None else query.new_zeros
+    output = empty(batch, n, count, value.shape[-1]).transpose(1, 2)
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    found, _ = attend_pieces(
+        query,
+        key,
+        value,
+        pieces,
+        scale,
+        padding,
+        tolerance is not None,
+        into=None if recorded else output,
+    )
     approximated = torch.zeros(batch, count, dtype=torch.bool)
     fallen_back = torch.zeros(batch, count, dtype=torch.bool)
     for (b, members, _), group in zip(pieces, found, strict=True):
-        output[b, members] = group.output
+        if recorded:
+            output[b, members] = group.output
         approximated[b, members] = True
         if tolerance is not None:
             fallen_back[b, members] = ~(group.bound <= tolerance).cpu()
@@ -78,16 +101,21 @@ def planned_prefill(
                 output[row, places] = attended[0]
             else:
                 output[row, places[:, None], real] = attended[0]
-    return Prefill(output, fallen_back)
+    return Prefill(output, fallen_back, approximated)
 
 
-def _settings(sizes: ConcreteSetting) -> Settings:
-    """Return the arguments of hybrid attention, those that a plan does not know by default."""
+def _settings(heads: Sequence[HeadPlan], n: int) -> list[Settings | None]:
+    """Return what each head computes for n tokens; what a plan does not know is as by default."""
     defaults = signature(hybrid_attention).parameters
     others = {name: defaults[name].default for name in ("num_segments", "samples", "seed")}
-    settings = Settings(**sizes._asdict(), **others)
-    check_settings(settings)
-    return settings
+    found = [
+        None if head.setting is None else Settings(**head.setting.at(n)._asdict(), **others)
+        for head in heads
+    ]
+    for own in found:
+        if own is not None:
+            check_settings(own)
+    return found
 
 
 def sliding_prefill(

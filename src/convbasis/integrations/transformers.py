@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from torch import Tensor
 
 from ..checks import check_finite
 from ..errors import MissingExtraError
-from ..plan import HeadPlan
 from .planned import (
     NAME,
     AppliedPlan,
@@ -37,7 +35,7 @@ except ImportError as error:
 from .chunks import ChunkedLayer
 from .exact import Mask, exact_attention
 from .masks import MaskSpec, describe_mask
-from .prefill import planned_prefill, sliding_prefill
+from .prefill import Prefill, planned_prefill, sliding_prefill
 from .reasons import why_exact
 
 __all__ = ["PlanReport", "apply_plan", "load_plan", "plan_report", "remove_plan", "save_plan"]
@@ -88,8 +86,8 @@ def _attend_by_plan(
         from .over_ranks import prefill_over_ranks
 
         tensors = (query, key, value)
-        done, own = prefill_over_ranks(applied, module, *tensors, mask, applied.layer(layer), options)
-        return _counted(applied, layer, own, *done)
+        done = prefill_over_ranks(applied, module, *tensors, mask, applied.layer(layer), options)
+        return _counted(applied, layer, done)
     begins = mask.begins if isinstance(mask, MaskSpec) else n == key.shape[2]
     if not begins and not (applied.chunked and n > 1):
         return _exact_and_finite(module, query, key, value, mask, **options)
@@ -103,12 +101,12 @@ def _attend_by_plan(
     elif planned:
         reason = why_exact(module, query, mask, options, len(heads))
         if reason is None and applied.chunked:
-            reason = _why_no_chunk(applied, module, mask)
+            reason = _why_no_chunk(applied, module, key, mask)
         if reason is not None:
             planned = False
             applied.tell_once(reason)
     if not planned or not isinstance(mask, MaskSpec):
-        applied.count(layer, len(query), approximated=0, fallen_back=0)
+        applied.count(layer, len(query))
         return _exact_and_finite(module, query, key, value, mask, **options)
     end = mask.offset + n
     key, value = key[:, :, :end], value[:, :, :end]  # a static cache is longer than the prompt
@@ -123,19 +121,25 @@ def _attend_by_plan(
         if begins:
             applied.chunks[layer] = ChunkedLayer(heads, applied.plan.calibrated_length, scale)
         chunk = applied.chunks[layer].attend(query, key, value, applied.tolerance(end))
-        return _counted(applied, layer, heads, *chunk)
+        return _counted(applied, layer, chunk)
     tensors, padding = (query, key, value), mask.padding(query.device)
     if mask.window is not None and mask.window < n:
-        applied.count(layer, len(query), approximated=0, fallen_back=0)
+        applied.count(layer, len(query))
         output = sliding_prefill(*tensors, window=mask.window, scale=scale, padding=padding)
         return output.transpose(1, 2).contiguous(), None
-    output, fallen_back = planned_prefill(
-        *tensors, heads, scale=scale, padding=padding, tolerance=applied.tolerance(n)
+    longest = n if padding is None else int(padding.sum(1).max())
+    done = planned_prefill(
+        *tensors,
+        heads,
+        scale=scale,
+        padding=padding,
+        tolerance=applied.tolerance(longest),
+        min_length=applied.min_length,
     )
-    return _counted(applied, layer, heads, output, fallen_back)
+    return _counted(applied, layer, done)
 
 
-def _why_no_chunk(applied: AppliedPlan, module: Any, mask: Mask) -> str | None:
+def _why_no_chunk(applied: AppliedPlan, module: Any, key: Tensor, mask: Mask) -> str | None:
     """Return why a chunk of a prompt cannot be approximated, or None."""
     if not isinstance(mask, MaskSpec):
         return "an explicit attention mask"
@@ -145,22 +149,17 @@ def _why_no_chunk(applied: AppliedPlan, module: Any, mask: Mask) -> str | None:
     if mask.window is not None:
         return "a sliding window in a prompt that comes in chunks"
     known = applied.chunks.get(module.layer_idx)
-    if not mask.begins and (known is None or known.length != mask.offset):
-        return "a chunk after tokens that were not attended to as chunks"
+    if not mask.begins and (known is None or not known.goes_on(key, mask.offset)):
+        return "a chunk after tokens that were not attended to as chunks, or of another prompt"
     return None
 
 
-def _counted(
-    applied: AppliedPlan,
-    layer: int,
-    heads: Sequence[HeadPlan],
-    output: Tensor,
-    fallen_back: Tensor,
-) -> tuple[Tensor, None]:
+def _counted(applied: AppliedPlan, layer: int, done: Prefill) -> tuple[Tensor, None]:
     """Return what the model wants of a planned prompt, and count and log its heads."""
-    again = int(fallen_back.sum())
-    approximated = len(output) * sum(head.setting is not None for head in heads)
-    applied.count(layer, len(output), approximated=approximated - again, fallen_back=again)
+    again, approximated = int(done.fallen_back.sum()), int(done.approximated.sum())
+    applied.count(
+        layer, len(done.output), approximated=approximated - again, fallen_back=done.fallen_back
+    )
     if again:
         _logger.info(
             "layer %d: the estimated error of %d of %d approximated heads exceeds %g; they are exact",
@@ -169,7 +168,7 @@ def _counted(
             approximated,
             applied.plan.tolerance,
         )
-    return output.transpose(1, 2).contiguous(), None
+    return done.output.transpose(1, 2).contiguous(), None
 
 
 def _exact_and_finite(

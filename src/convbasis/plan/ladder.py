@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as _exact
 
 from ..hybrid import HybridStats, hybrid_attention_stats
+from ..timing import seconds_on
 from .settings import ConcreteSetting, HeadSetting, Size
 
 
@@ -120,7 +120,7 @@ def _hybrid(
     )
 
 
-def _seconds(run: Callable[..., object], *inputs: Any, **options: Any) -> float:
-    begin = time.perf_counter()
-    run(*inputs, **options)
-    return time.perf_counter() - begin
+def _seconds(run: Callable[..., object], query: Tensor, *inputs: Any, **options: Any) -> float:
+    begin = seconds_on(query.device)
+    run(query, *inputs, **options)
+    return seconds_on(query.device) - begin

@@ -6,6 +6,15 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 
+import torch
+
+
+def seconds_on(device: torch.device) -> float:
+    """Return a clock's seconds, once a device has done what it was given; a processor always has."""
+    if device.type not in ("cpu", "meta"):
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
 
 def interleaved_medians(
     functions: Mapping[str, Callable[[], object]], repeats: int = 5
