@@ -94,7 +94,7 @@ def hybrid_attention(
     Complexity:
         O(n w (d + d_v)) time for w keys of each query, plus O(n^2 d / 32) for the choice of blocks and
         as much again for correction, plus O(s n d) for s samples; O(n (d + d_v)) memory beside
-        s n numbers for each key-value head.
+        s n numbers for each head that is at work: on a processor one for each thread.
 
     Source:
         "Near and far keys" of docs/mathematics.md.

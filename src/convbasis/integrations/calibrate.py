@@ -64,7 +64,7 @@ def calibrate(
             prompts unlike them, in which a head beyond the tolerance is computed twice.
         budget: the largest KL(exact || planned) of the next token's distribution, in nats, that the
             heads' errors may add up to in these texts; a perplexity rises by about this share. Heads
-            share it by what their errors do to the model, see `head_sensitivities`. None for no budget:
+            share it by what their errors do to the model in the first text, see `head_sensitivities`. None for no budget:
             then the tolerance alone counts, and the model is not run backward.
         ladder: the settings to choose from; by default windows, columns, blocks and segments of two
             sizes.
@@ -72,7 +72,7 @@ def calibrate(
             on where it was.
         progress: called with the number of layers done and of all; what errors do to the model counts
             as one more.
-        seed: of everything sampled.
+        seed: of everything sampled here; prompts are sampled with `hybrid_attention`'s default.
 
     Returns:
         `Plan`.

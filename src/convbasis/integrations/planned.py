@@ -34,8 +34,8 @@ class PlanReport(NamedTuple):
     heads_approximated: int
     """Heads that were approximated and stayed so."""
     heads_exact: int
-    """Heads that were exact from the start: by the plan, for a short prompt, or for another reason
-    that was logged."""
+    """Heads that were exact from the start: by the plan, for a short prompt, in a layer whose sliding
+    window is shorter than the prompt, or for another reason that was logged."""
     heads_fallen_back: int
     """Heads whose estimated error exceeded the tolerance, and that were computed again exactly."""
 
