@@ -182,3 +182,12 @@ def test_a_checkpoint_of_other_weights_is_refused(model, ids, tmp_path):
         other.model.layers[1].mlp.up_proj.weight[-1, -1] += 0.5
     with pytest.raises(cb.ConvBasisError, match="weights, texts, ladder or seed differ"):
         cb.calibrate(other, ids[:1], ladder=LADDER[:1], budget=None, checkpoint=place)
+
+
+def test_what_a_killed_run_left_beside_the_checkpoint_is_removed(model, ids, tmp_path):
+    place, other = tmp_path / "measured[1].json", tmp_path / ".other.json.abc.part"
+    left = tmp_path / ".measured[1].json.abc.part"
+    left.write_text("half")
+    other.write_text("half")
+    cb.calibrate(model, ids[:1], ladder=LADDER[:1], budget=None, checkpoint=place)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [other.name, place.name]

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from ..errors import InputError
-from ..integrations.generate import Generated, generate
+from ..integrations.generate import Generated, generate, warm_up
 from ..integrations.models import load_model
 from ..integrations.planned import PlanReport, apply_plan, plan_report, remove_plan
 from ..integrations.texts import check_positions, checked_ids, read_text
@@ -48,6 +48,7 @@ def run_generate(
     check_positions(loaded.model, ids.shape[1] + max_new_tokens)
     checked_ids(loaded.model, ids)
     report: PlanReport | None = None
+    warm_up(loaded.model, ids)
     if plan is not None:
         apply_plan(loaded.model, plan, min_length=min_length)
     begun: list[int] = []

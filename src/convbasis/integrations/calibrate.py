@@ -64,8 +64,8 @@ def calibrate(
             prompts unlike them, in which a head beyond the tolerance is computed twice.
         budget: the largest KL(exact || planned) of the next token's distribution, in nats, that the
             heads' errors may add up to in these texts; a perplexity rises by about this share. Heads
-            share it by what their errors do to the model in the first text, see `head_sensitivities`. None for no budget:
-            then the tolerance alone counts, and the model is not run backward.
+            share it by what their errors do to the model in the first text, see `head_sensitivities`.
+            None for no budget: then the tolerance alone counts, and the model is not run backward.
         ladder: the settings to choose from; by default windows, columns, blocks and segments of two
             sizes.
         checkpoint: a JSON file that keeps what is measured, layer by layer; a run that was stopped goes

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import FileFormatError
-from ..storage import save_text
+from ..storage import remove_parts, save_text
 
 _ENDS = 32  # numbers at either end of a parameter
 
@@ -44,6 +44,8 @@ class Checkpoint:
         # As a file has it: tuples are lists there.
         self._identity = json.loads(json.dumps({"format": f"convbasis.{kind}", **identity}))
         self._measured: dict[str, Any] = {}
+        if path is not None:
+            remove_parts(path)
         if path is not None and path.exists():
             self._read(path, kind, differ)
 
