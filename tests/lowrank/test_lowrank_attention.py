@@ -70,6 +70,66 @@ def test_the_tolerance_is_kept(seed):
     assert off <= tolerance * v.norm(dim=-1).max()
 
 
+def test_the_tolerance_is_kept_or_refused_where_rounding_counts():
+    """Few dimensions admit high degrees, whose terms cancel in float32."""
+    refused = 0
+    for seed in range(200):
+        generator = torch.Generator().manual_seed(seed)
+
+        def number(low, high, generator=generator):
+            return low * (high / low) ** float(torch.rand((), generator=generator))
+
+        n, d, tolerance = int(number(2, 120)), 1 + seed % 3, number(1e-4, 0.3)
+        q, k, v = torch.randn(3, 1, 1, n, d, generator=generator).unbind()
+        if seed % 2:  # all as far as the bound, many at its negative end
+            q, k = (x / x.norm(dim=-1, keepdim=True) for x in (q, k))
+        q = q / (q @ k.mT * d**-0.5).abs().max() * number(0.02, 9.0)
+        name = list(KINDS)[seed % len(KINDS)]
+        mask, visible = KINDS[name](n)
+        try:
+            found = lowrank_attention_stats(q, k, v, mask, tolerance=tolerance)
+        except cb.InputError as error:
+            if "logits may be as large as" not in str(error):
+                raise
+            refused += 1
+            continue
+        assert found.error_bound <= tolerance
+        off = (found.output.double() - dense(q, k, v, visible)[0]).norm(dim=-1).max()
+        assert off <= tolerance * v.norm(dim=-1).max(), (seed, found)
+    assert 20 < refused < 120
+
+
+def test_logits_that_float32_rounds_away_are_for_float64():
+    q = torch.full((1, 1, 50, 1), 8.0)
+    k = torch.linspace(-1, 1, 50)[None, None, :, None]
+    with pytest.raises(cb.InputError, match=r"more digits than torch\.float32 has"):
+        cb.lowrank_attention(q, k, k, CausalMask(50), scale=1.0)
+    q, k = q.double(), k.double()
+    found = cb.lowrank_attention(q, k, k, CausalMask(50), scale=1.0)
+    exact, _ = dense(q, k, k, CausalMask(50).to_dense(), scale=1.0)
+    assert (found - exact).norm(dim=-1).max() <= 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("which", [0, 1])
+def test_zeros_in_one_head_are_a_mean(which, dtype):
+    given = draw(1, 2, 30, 4, 3, dtype, size=0.1)
+    given[which][0, 1] = 0.0
+    found = lowrank_attention_stats(*given, CausalMask(30), tolerance=1e-3)
+    exact, lse = dense(*given, CausalMask(30).to_dense())
+    assert (found.output - exact).norm(dim=-1).max() <= 1e-3 * given[2].norm(dim=-1).max()
+    assert torch.allclose(found.lse[0, 1].double(), lse[0, 1], atol=1e-5)
+
+
+def test_a_call_in_inference_mode_does_not_spoil_training_after_it():
+    q, k, v = draw(1, 1, 12, 3, 2, torch.float32, size=0.1)
+    degree = 7  # of no other test: what is kept is made here
+    with torch.inference_mode():
+        cb.lowrank_attention(q, k, v, CausalMask(12), degree=degree)
+    cb.lowrank_attention(q.requires_grad_(), k, v, CausalMask(12), degree=degree).sum().backward()
+    assert bool(q.grad.isfinite().all())
+
+
 def test_large_logits_are_refused_with_the_reason():
     q, k, v = draw(1, 1, 50, 64, 4, size=3.0)
     with pytest.raises(cb.InputError, match=r"logits may be as large as .*degree \d+ and .* features"):

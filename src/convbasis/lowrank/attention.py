@@ -75,7 +75,8 @@ def lowrank_attention(
         degree: of the Taylor polynomial; chosen if None. Even ones are positive everywhere.
         tolerance: the largest error of a row of the output in the Euclidean norm, relative to the
             largest norm of a value; 0.01 if neither it nor a degree is given. What is promised is a
-            bound, from norms of queries and keys; errors are mostly much smaller.
+            bound, from norms of queries and keys, of the polynomial and of rounding in the dtype that
+            is computed in; errors are mostly much smaller.
         rank: coordinates of queries and keys that are kept, those in which all logits together are
             best approximated; all if None and a degree is given, else chosen with the degree.
         scale: factor of the logits; ``1/sqrt(d)`` by default.
@@ -227,7 +228,8 @@ def _chosen(
         raise InputError(f"rank={rank} is more than the {d} dimensions of queries and keys")
     if tolerance is None and degree is None:
         tolerance = TOLERANCE
-    least = 64 * torch.finfo(query.dtype).eps
+    eps = torch.finfo(query.dtype).eps
+    least = 64 * eps
     if tolerance is not None and not (least <= tolerance < 1.0):
         raise InputError(
             f"tolerance={describe(tolerance)} is not a number of {least:.2g} (the rounding of "
@@ -241,7 +243,7 @@ def _chosen(
     found = bounds(largest_norms(query), largest_norms(key))
     if degree is None:
         assert tolerance is not None
-        choice = least_features(found, tolerance, most, rank, _ALTERNATIVES)
+        choice = least_features(found, tolerance, most, rank, query.dtype, _ALTERNATIVES)
     else:
         kept = d if rank is None else rank
         if (count := feature_count(kept, degree)) > most:
@@ -249,7 +251,7 @@ def _chosen(
                 f"degree={degree} in {kept} dimensions has {count:,} features; max_features={most:,}: "
                 "use a smaller degree or rank"
             )
-        choice = Choice(degree, kept, output_error(*found[kept - 1], degree))
+        choice = Choice(degree, kept, output_error(*found[kept - 1], degree, eps))
         if tolerance is not None and choice.error > tolerance:
             raise InputError(
                 f"degree={degree} keeps the error below {choice.error:.3g}, not "
