@@ -147,7 +147,7 @@ def _near_and_beyond(
         own = query[:, low:high]
         output, lse = window_attention(own, key[:, :high], value[:, :high], window, low, scale)
         shared = next(stretches, ())
-        if high > window.begin:
+        if high > window.begin and (shared or beyond.gathered):
             own = lengthened(own, -(-(high - low) // window.shared) * window.shared)
             more = attention_beyond(own, window.shared, shared, beyond.gathered, scale)
             seen = (x[:, : high - low] for x in more)
