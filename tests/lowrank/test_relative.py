@@ -100,6 +100,20 @@ def test_attention_with_a_relative_bias(n, dtype):
     assert half.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_rows_of_long_attention_with_a_relative_bias(dtype):
+    n = 65_536
+    u1, u2 = positive_features(n, 1, dtype)
+    value, bias = torch.randn(n, 2, dtype=dtype), -torch.rand(n, dtype=dtype) * 3
+    found = relative_attention(u1, u2, value, bias)
+    for row in [0, 1, n - 1, *torch.randint(0, n, (30,)).tolist()]:
+        weights = u2[: row + 1].double() @ u1[row].double()
+        weights *= bias[: row + 1].double().exp().flip(0)
+        expected = weights @ value[: row + 1].double() / weights.sum()
+        tolerance = 1e-10 if dtype == torch.float64 else 1e-5
+        assert (found[row] - expected).norm() <= tolerance
+
+
 def test_rotary_positions_are_low_rank_times_cosines_and_sines():
     n, r = 120, 6
     u1, u2, x = (torch.randn(n, c, dtype=torch.float64) for c in (r, r, 3))
