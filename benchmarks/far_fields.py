@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 import convbasis as cb
-from convbasis.hybrid import sampling, scaled_conv, selection
+from convbasis.hybrid import row_factors, sampling, scaled_conv, selection
 from convbasis.hybrid.window import BLOCK, QUERIES, Window
 from convbasis.integrations.capture import CapturedLayer, cached_layers
 from convbasis.integrations.smollm2 import NAME, load_smollm2, load_tokenizer, sample_text, token_ids
@@ -328,7 +328,7 @@ def ridge_mass(head: Head, both: Tensor) -> Tensor:
     )
     targets = head.sampled.sum(0).log()[None] + exact.lse
     lse = both[:, -1].log()[None].float()
-    factors = scaled_conv._row_factors(
+    factors = row_factors.row_factors(
         head.query[None], head.key[None], head.seen[None], head.window, head.scale, exact,
         targets.float(), lse,
     )  # fmt: skip

@@ -215,6 +215,12 @@ sys.meta_path.insert(0, Block())
             "import torch, convbasis as cb; cb.decompose(torch.eye(3)).as_linear_operator()",
             "scipy",
         ),
+        (
+            ["sklearn"],
+            "import torch, convbasis as cb; one = torch.ones(2, 2)\n"
+            "cb.lowrank.random_features(one, one, 3)",
+            "random",
+        ),
     ],
 )
 def test_a_missing_extra_is_named_in_one_line(blocked, code, extra):
@@ -300,8 +306,9 @@ def test_imports_go_one_way():
 def test_core_imports_torch_and_the_standard_library_alone():
     allowed = {"torch", *sys.stdlib_module_names}
     for part, relative, path in parts():
-        # The last three meet NumPy, SciPy and files; they import them when they are called.
-        if part in (
+        # The last three and random features meet NumPy, SciPy, scikit-learn and files; they import them
+        # when they are called.
+        if relative.stem == "random_features" or part in (
             "integrations",
             "report",
             "cli",

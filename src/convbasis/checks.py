@@ -162,13 +162,20 @@ def _shorten(starts: Tensor) -> str:
 
 
 def check_qkv(
-    query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool, past: int | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    enable_gqa: bool,
+    past: int | None = None,
+    names: tuple[str, str, str] = ("query", "key", "value"),
 ) -> None:
     """Check types, shapes, heads, dtypes and devices of the inputs of attention.
 
-    With past, keys and values are of that many tokens before those of the query, and of these.
+    With past, keys and values are of that many tokens before those of the query, and of these. Errors
+    call the three by their names.
     """
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
+    q, k, v = names
+    for name, tensor in zip(names, (query, key, value), strict=True):
         check_float_tensor(name, tensor)
         if tensor.ndim != 4:
             raise InputError(
@@ -177,7 +184,7 @@ def check_qkv(
             )
         if tensor.numel() == 0:
             raise InputError(f"{name} has shape {tuple(tensor.shape)}; it holds nothing")
-    check_alike(query=query, key=key, value=value)
+    check_alike(**{q: query, k: key, v: value})
     (batch, heads, n, d), (_, kv_heads, _, _) = query.shape, key.shape
     tokens = n + (past or 0)
     if key.shape[0] != batch or key.shape[2:] != (tokens, d):
@@ -185,22 +192,22 @@ def check_qkv(
         if past is not None:
             whose = f"keys of the {past} tokens before and of the {n} of the query"
         raise InputError(
-            f"key has shape {tuple(key.shape)}; with query {tuple(query.shape)} it must be "
+            f"{k} has shape {tuple(key.shape)}; with {q} {tuple(query.shape)} it must be "
             f"({batch}, heads, {tokens}, {d}): {whose}"
         )
     if value.shape[:3] != key.shape[:3]:
         raise InputError(
-            f"value has shape {tuple(value.shape)}; with key {tuple(key.shape)} it must be "
+            f"{v} has shape {tuple(value.shape)}; with {k} {tuple(key.shape)} it must be "
             f"({batch}, {kv_heads}, {tokens}, d_v)"
         )
     if not enable_gqa and heads != kv_heads:
         raise InputError(
-            f"key has {kv_heads} heads but query has {heads}; give enable_gqa=True if each "
+            f"{k} has {kv_heads} heads but {q} has {heads}; give enable_gqa=True if each "
             "key-value head serves several query heads"
         )
     if heads % kv_heads:
         raise InputError(
-            f"query has {heads} heads, which is no multiple of the {kv_heads} heads of key and value"
+            f"{q} has {heads} heads, which is no multiple of the {kv_heads} heads of {k} and {v}"
         )
 
 

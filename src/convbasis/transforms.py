@@ -22,6 +22,15 @@ def seen_through(*tensors: Tensor) -> bool:
     return transforming() or any(unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
+def may_make_anew() -> bool:
+    """Whether the backward pass may make tensors anew by torch.utils.checkpoint.
+
+    It saves them by hooks, which transforms of torch.func forbid, also to what runs inside of an
+    operation under them.
+    """
+    return torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
+
+
 def front(tensor: Tensor, dim: int | None, size: int) -> Tensor:
     """Return a tensor with the dimension that is mapped over first; expanded if it has none."""
     return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)

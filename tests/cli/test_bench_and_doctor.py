@@ -116,6 +116,7 @@ def test_doctor_tells_what_is_here(run, monkeypatch, tmp_path):
     for pair in (["hf", "transformers"], ["report", "matplotlib"], ["report", "plotly"]):
         assert pair in listed
     assert ["scipy", "scipy"] in listed
+    assert ["random", "scikit_learn"] in listed
     assert all(row[2] != "missing" for row in extras["rows"] if row[0] == "cli")
     backends = {tuple(row[:2]): row[2] for row in shapes["rows"]}
     assert backends[(512, 4)] == "direct"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import reference
 import torch
 
-from convbasis.hybrid import sampling, scaled_conv, selection
+from convbasis.hybrid import row_factors, sampling, scaled_conv, selection
 from convbasis.hybrid.window import BLOCK, QUERIES, Window
 
 DEFAULTS = {
@@ -124,6 +124,6 @@ def selected(query, key, value, scale, settings, head):
         model = fit.columns[:, None].double() + fit.lags.double()[:, lags]
         hidden = (torch.arange(n) >= first[:, None]) | seen[:, None]
         lse = model.masked_fill(hidden, -torch.inf).logsumexp(-1).to(query.dtype)
-        alpha = scaled_conv._row_factors(query, key, seen, window, scale, exact, targets, lse)
+        alpha = row_factors.row_factors(query, key, seen, window, scale, exact, targets, lse)
         found["factors"] = model[head] + alpha[head, :, None].double()
     return found

@@ -89,7 +89,7 @@ def test_gradcheck(options, d_v, monkeypatch):
             (group, "heaviest"),
             (group, "heavy_blocks"),
             (segments, "_corrections"),
-            (scaled_conv, "_row_factors"),
+            (scaled_conv, "row_factors"),
         )
     ]
 

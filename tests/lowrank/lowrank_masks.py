@@ -17,8 +17,8 @@ def dense_rows(n, sees):
     return mask
 
 
-def random_changes(n, seed=0):
-    """Return additions, removals and the dense mask that they make."""
+def _changes(n, seed):
+    """Return additions, removals and the keys that each row sees."""
     choose = random.Random(seed)
     visible, additions, removals, rows = set(), [], [], []
     for i in range(n):
@@ -29,6 +29,12 @@ def random_changes(n, seed=0):
         additions.append(new)
         removals.append(gone)
         rows.append(set(visible))
+    return additions, removals, rows
+
+
+def random_changes(n, seed=0):
+    """Return additions, removals and the dense mask that they make."""
+    additions, removals, rows = _changes(n, seed)
     return additions, removals, dense_rows(n, lambda i: rows[i])
 
 
@@ -46,32 +52,33 @@ def document_lengths(n, seed=0):
     return lengths
 
 
+# Each of the following returns a mask, and a function that gives the keys that a row sees.
+
+
 def causal(n):
-    return lowrank.CausalMask(n), dense_rows(n, lambda i: range(i + 1))
+    return lowrank.CausalMask(n), lambda i: range(i + 1)
 
 
 def window(n):
     tokens = max(1, n // 5)
-    dense = dense_rows(n, lambda i: range(max(0, i - tokens + 1), i + 1))
-    return lowrank.SlidingWindowMask(n, tokens), dense
+    return lowrank.SlidingWindowMask(n, tokens), lambda i: range(max(0, i - tokens + 1), i + 1)
 
 
 def far(n):
     tokens = max(1, n // 5)
     mask = lowrank.IntervalMask(torch.zeros(n, dtype=torch.int64), torch.arange(n) - tokens)
-    return mask, dense_rows(n, lambda i: range(max(0, i - tokens + 1)))
+    return mask, lambda i: range(max(0, i - tokens + 1))
 
 
 def intervals(n):
     lower, upper = random_intervals(n)
-    dense = dense_rows(n, lambda i: range(int(lower[i]), int(upper[i]) + 1))
-    return lowrank.IntervalMask(lower, upper), dense
+    return lowrank.IntervalMask(lower, upper), lambda i: range(int(lower[i]), int(upper[i]) + 1)
 
 
 def documents(n):
     lengths = document_lengths(n)
     begin = [sum(lengths[:d]) for d, length in enumerate(lengths) for _ in range(length)]
-    return lowrank.DocumentMask(lengths), dense_rows(n, lambda i: range(begin[i], i + 1))
+    return lowrank.DocumentMask(lengths), lambda i: range(begin[i], i + 1)
 
 
 def groups(n):
@@ -80,12 +87,12 @@ def groups(n):
     def begin(i):
         return max(0, (i - size // 2) // size * size + size // 2)
 
-    return lowrank.ShiftedGroupMask(n, size), dense_rows(n, lambda i: range(begin(i), i + 1))
+    return lowrank.ShiftedGroupMask(n, size), lambda i: range(begin(i), i + 1)
 
 
 def changes(n):
-    additions, removals, dense = random_changes(n)
-    return lowrank.RowChangeMask(additions, removals), dense
+    additions, removals, own = _changes(n, 0)
+    return lowrank.RowChangeMask(additions, removals), lambda i: own[i]
 
 
 def _few(n):
@@ -95,15 +102,26 @@ def _few(n):
 
 def rows(n):
     few, of = _few(n)
-    return lowrank.DistinctRowsMask(few, of), few[of]
+    return lowrank.DistinctRowsMask(few, of), lambda i: few[of[i]].nonzero()[:, 0].tolist()
 
 
 def columns(n):
     few, of = _few(n)
-    return lowrank.DistinctColumnsMask(few.mT, of), few[of].mT
+    return lowrank.DistinctColumnsMask(few.mT, of), lambda i: few[of, i].nonzero()[:, 0].tolist()
 
 
-KINDS = {
+SEES = {
     make.__name__: make
     for make in (causal, window, far, intervals, documents, groups, changes, rows, columns)
 }
+
+
+def _with_dense(make):
+    def made(n):
+        mask, sees = make(n)
+        return mask, dense_rows(n, sees)
+
+    return made
+
+
+KINDS = {name: _with_dense(make) for name, make in SEES.items()}

@@ -78,6 +78,51 @@ def test_gradients_reach_far_keys():
         assert torch.allclose((found[2] * change).sum(), moved - output[:, :, -1].sum())
 
 
+@pytest.mark.parametrize("sinks", [0, 4])
+def test_far_keys_without_any_columns(sinks):
+    q, k, v = draw(500, 0.2)
+    options = {"enable_gqa": True, **NEAR, "sinks": sinks, "columns": 0}
+    found = cb.hybrid_attention(q, k, v, far_field="lowrank", **options)
+    dropped = cb.hybrid_attention(q, k, v, **options)
+    assert error(found, q, k, v) < 0.5 * error(dropped, q, k, v)
+
+
+def test_where_all_keys_are_seen_elsewhere_attention_is_exact():
+    q, k, v = draw(90, 1.0)
+    options = {"enable_gqa": True, **NEAR, "window": 10, "sinks": 100}
+    found = cb.hybrid_attention(q, k, v, far_field="lowrank", **options)
+    assert error(found, q, k, v) < 1e-6
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_head_of_zeros(which):
+    given = draw(400, 0.3, heads=2)
+    given[which][:, 0] = 0.0
+    found = cb.hybrid_attention(*given, far_field="lowrank", **NEAR)
+    assert error(found, *given) < 0.2
+
+
+def test_gradients_by_torch_func_are_those_of_autograd():
+    q, k, v = draw(300, 0.3, torch.float64)
+    options = {"far_field": "lowrank", "enable_gqa": True, **NEAR}
+    call = lambda *x: cb.hybrid_attention(*x, **options).square().sum()  # noqa: E731
+    found = torch.func.grad(call, (0, 1, 2))(q, k, v)
+    own = [x.clone().requires_grad_() for x in (q, k, v)]
+    for expected, actual in zip(torch.autograd.grad(call(*own), own), found, strict=True):
+        assert torch.allclose(expected, actual, rtol=1e-10, atol=1e-12)
+    mapped = torch.func.vmap(lambda q: cb.hybrid_attention(q, k, v, **options))(torch.stack([q, 2 * q]))
+    assert torch.allclose(mapped[1], cb.hybrid_attention(2 * q, k, v, **options))
+
+
+def test_a_call_in_inference_mode_does_not_spoil_training_after_it():
+    q, k, v = draw(333, 0.3)  # a length of its own: what heads share is made here
+    with torch.inference_mode():
+        cb.hybrid_attention(q, k, v, far_field="lowrank", enable_gqa=True, **NEAR)
+    q.requires_grad_()
+    cb.hybrid_attention(q, k, v, far_field="lowrank", enable_gqa=True, **NEAR).sum().backward()
+    assert bool(q.grad.isfinite().all())
+
+
 @pytest.mark.parametrize("change", [{"blocks": 2}, {"strict": True}])
 def test_what_does_not_fit_is_refused(change):
     with pytest.raises(cb.InputError, match=r"far_field='lowrank' with blocks=. and strict="):

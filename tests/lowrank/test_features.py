@@ -48,9 +48,12 @@ def test_truncation_error_is_the_largest_one(bound, degree):
 
 def test_truncation_error_of_anything():
     assert truncation_error(1e4, 2) == math.inf
-    assert output_error(3.0, 0.0, 2) == math.inf  # the polynomial may be 0
-    assert output_error(0.1, 0.0, 2) == pytest.approx(truncation_error(0.1, 2), rel=1e-3)
-    assert output_error(0.1, 0.2, 2) > output_error(0.1, 0.1, 2)
+    assert truncation_error(0.1, 400) == 0.0  # below the smallest number
+    assert output_error(3.0, 0.0, 2, 0.0) == math.inf  # the polynomial may be 0
+    assert output_error(0.1, 0.0, 2, 0.0) == pytest.approx(truncation_error(0.1, 2), rel=1e-3)
+    assert output_error(0.1, 0.2, 2, 0.0) > output_error(0.1, 0.1, 2, 0.0)
+    assert output_error(8.0, 0.0, 40, 1e-9) > 1e-9 * math.exp(16.0)  # what cancels is rounded
+    assert output_error(400.0, 0.0, 40, 1e-9) == math.inf
     for bad in (-1.0, math.nan, math.inf, "x"):
         with pytest.raises(cb.InputError, match="not a finite number >= 0"):
             truncation_error(bad, 2)

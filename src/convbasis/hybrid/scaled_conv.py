@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..attention import conv_basis_attention_stats
+from .row_factors import row_factors
 from .sampling import SampledRows
 from .window import Window
 
@@ -74,7 +75,7 @@ def conv_attention(
     output = torch.nn.functional.pad(far.output[0], before)
     lse = torch.nn.functional.pad(far.lse[0], before[2:], value=-torch.inf)
     with torch.no_grad():
-        rows = _row_factors(query, key, seen, window, scale, sampled, targets, lse)
+        rows = row_factors(query, key, seen, window, scale, sampled, targets, lse)
         nothing = torch.nn.functional.pad((~seen[:, :count]).cumsum(-1), before[2:]) == 0
     return output, (lse + rows).masked_fill(nothing, -torch.inf)
 
@@ -122,31 +123,3 @@ def _by_bin(weights: Tensor, bins: Tensor) -> Tensor:
     """Return the sums over entries of a bin, ``(R, bins)``."""
     flat = weights.flatten(1)
     return flat.new_zeros((len(flat), _LAG_BINS)).index_add_(1, bins.flatten(), flat)
-
-
-def _row_factors(
-    query: Tensor,
-    key: Tensor,
-    seen: Tensor,
-    window: Window,
-    scale: float,
-    sampled: SampledRows,
-    targets: Tensor,
-    model: Tensor,
-) -> Tensor:
-    """Return the logarithms of the row factors, ``(R, n)``."""
-    rows = sampled.rows
-    usable = (targets > -torch.inf).double()[..., None]
-    numbers = (~seen).to(query.dtype)
-    mean = torch.einsum("rn,nd->rd", numbers, key[0]) / numbers.sum(-1, keepdim=True).clamp(min=1.0)
-    start = (query @ mean[..., None])[..., 0] * scale
-    want = (targets - model[:, rows] - start[:, rows]).nan_to_num(0.0).clamp(-30.0, 30.0)
-    x = torch.nn.functional.pad(query[:, rows], (0, 1), value=1.0).double() * usable
-    spread = query.double().square().mean((1, 2)).clamp(min=1e-12)
-    ridge = (
-        torch.eye(x.shape[-1], dtype=torch.float64, device=x.device) * spread[:, None, None] * len(rows)
-    )
-    ridge[:, -1, -1] = 1e-6  # all rows in common are hardly held back
-    solution = torch.linalg.solve(x.mT @ x + ridge, x.mT @ want.double()[..., None])
-    change = torch.nn.functional.pad(query, (0, 1), value=1.0).double() @ solution
-    return start + change[..., 0].to(start.dtype)

@@ -8,12 +8,15 @@ degree 0 this is a mean of all far keys; the polynomial adds what keys differ in
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from ..lowrank import IntervalMask, lowrank_attention_stats
+from ..lowrank.coordinates import balanced_coordinates
+from .row_factors import row_factors
 from .sampling import SampledRows
-from .scaled_conv import _row_factors
 from .window import Window
 
 _DEGREE, _RANK = 2, 8  # 45 features; more coordinates made nothing better
@@ -46,46 +49,73 @@ def lowrank_far_attention(
     Complexity: O(n r d_v + n d^2) time for r features.
     """
     n = key.shape[1]
-    rows = torch.arange(n)
-    mask = IntervalMask(torch.zeros_like(rows), window.first(rows) - 1)
     with torch.no_grad():
-        center, columns, targets = _fit(query, key, seen, window, scale, sampled)
+        far = _far_keys(seen, window, sampled.rows)
+        weights = sampled.weights * far
+        center = _mean_key(key, seen, weights)
+        maps = balanced_coordinates(query * scale, key - center)
+    # Few coordinates, the same for the fit and for what is computed.
+    left = (query * scale) @ maps.of_query[..., :_RANK]
+    right = (key - center) @ maps.of_key[..., :_RANK]
+    with torch.no_grad():
+        logits = left[:, sampled.rows] @ right.mT
+        columns, targets = _fit(logits, seen, far, weights)
+        targets += sampled.lse
     found = lowrank_attention_stats(
-        query[None],
-        (key - center)[None],
+        left[None],
+        right[None],
         value.expand(len(query), -1, -1)[None],
-        mask,
+        _keys_before(n, window),
         degree=_DEGREE,
-        rank=min(_RANK, query.shape[-1]),
-        scale=scale,
+        scale=1.0,
         key_bias=columns[None],
     )
     output, lse = found.output[0], found.lse[0]
     with torch.no_grad():
-        factors = _row_factors(query, key, seen, window, scale, sampled, targets, lse)
+        factors = row_factors(query, key, seen, window, scale, sampled, targets, lse)
     return output, (lse + factors).masked_fill(lse == -torch.inf, -torch.inf)
 
 
-def _fit(
-    query: Tensor, key: Tensor, seen: Tensor, window: Window, scale: float, sampled: SampledRows
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the mean far key ``(R, 1, d)`` as the sampled rows look at keys, the logarithms of column
-    factors ``(R, n)`` and of the far weights of the sampled rows ``(R, s)``."""
-    keys = torch.arange(key.shape[1], device=key.device)
-    far = (keys < window.first(sampled.rows)[:, None]) & ~seen[:, None]
-    weights = sampled.weights * far
+@functools.lru_cache(maxsize=2)
+@torch.inference_mode(False)  # later calls may record gradients
+def _keys_before(n: int, window: Window) -> IntervalMask:
+    """Return the mask of all keys before the window; heads share it."""
+    rows = torch.arange(n)
+    return IntervalMask(torch.zeros_like(rows), window.first(rows) - 1)
+
+
+def _far_keys(seen: Tensor, window: Window, rows: Tensor) -> Tensor:
+    """Return which keys are far from each row and count nowhere else, ``(R, s, n)``."""
+    keys = torch.arange(seen.shape[-1], device=seen.device)
+    return (keys < window.first(rows)[:, None]) & ~seen[:, None]
+
+
+def _mean_key(key: Tensor, seen: Tensor, weights: Tensor) -> Tensor:
+    """Return the mean far key ``(R, 1, d)`` as the sampled rows look at keys."""
     tiny = torch.finfo(weights.dtype).tiny
-    targets = weights.sum(-1)
     by_column = weights.sum(1)
     looked = by_column + 0.1 * by_column.mean(-1, keepdim=True) + tiny
     looked = looked.masked_fill(seen, 0.0)
-    center = (looked[:, None] @ key) / looked.sum(-1)[:, None, None]
-    x = (query[:, sampled.rows] @ (key - center).mT) * scale
-    model = (1.0 + x + 0.5 * x * x) * far
+    total = looked.sum(-1).clamp(min=tiny)  # all keys may count elsewhere
+    return (looked / total[:, None])[:, None] @ key
+
+
+def _fit(logits: Tensor, seen: Tensor, far: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Return logarithms of column factors ``(R, n)`` and of the far weights of sampled rows ``(R, s)``.
+
+    Args:
+        logits: ``(R, s, n)`` of the sampled rows, against the mean far key.
+        seen: ``(R, n)``, True for keys that count elsewhere.
+        far: ``(R, s, n)``, True for far keys.
+        weights: ``(R, s, n)``, their exact weights.
+    """
+    tiny = torch.finfo(weights.dtype).tiny
+    targets, by_column = weights.sum(-1), weights.sum(1)
+    model = (1.0 + logits + 0.5 * logits * logits) * far
     column = torch.ones_like(by_column)
     for _ in range(_SWEEPS):
         row = targets / (model @ column[..., None])[..., 0].clamp(min=tiny)
         of_model = (row[:, None] @ model)[:, 0]
         prior = 0.1 * of_model.mean(-1, keepdim=True) + tiny  # what few rows could look at stays near 1
         column = (by_column + prior) / (of_model + prior)
-    return center, column.log().masked_fill(seen, -torch.inf), targets.log() + sampled.lse
+    return column.log().masked_fill(seen, -torch.inf), targets.log()

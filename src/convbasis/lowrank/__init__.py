@@ -6,6 +6,7 @@ from .features import feature_count, polynomial_features, truncation_error
 from .intervals import CausalMask, DocumentMask, IntervalMask, ShiftedGroupMask, SlidingWindowMask
 from .mask import Mask
 from .product import masked_lowrank_matmul
+from .random_features import random_features
 from .relative import lowrank_toeplitz_matmul, relative_attention, rotary_features
 from .row_changes import RowChangeMask
 from .sums import Part, merge_parts, sparse_attention_stats
@@ -29,6 +30,7 @@ __all__ = [
     "masked_lowrank_matmul",
     "merge_parts",
     "polynomial_features",
+    "random_features",
     "relative_attention",
     "rotary_features",
     "sparse_attention_stats",

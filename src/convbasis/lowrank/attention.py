@@ -18,6 +18,7 @@ from ..checks import (
     describe,
 )
 from ..errors import ConvBasisError, InputError
+from ..transforms import may_make_anew, refuse_transforms
 from .choice import Choice, bounds, least_features, output_error
 from .coordinates import balanced_coordinates, largest_norms
 from .features import evaluated, feature_count, monomials
@@ -27,6 +28,7 @@ from .product import lowrank_product
 TOLERANCE = 0.01
 MAX_FEATURES = 4096
 _TOGETHER = 256  # features at a time
+_ENTRIES = 1 << 21  # numbers in the features of several heads at a time
 _ALTERNATIVES = "make queries or keys smaller, or use hybrid_attention"
 
 
@@ -75,12 +77,15 @@ def lowrank_attention(
         degree: of the Taylor polynomial; chosen if None. Even ones are positive everywhere.
         tolerance: the largest error of a row of the output in the Euclidean norm, relative to the
             largest norm of a value; 0.01 if neither it nor a degree is given. What is promised is a
-            bound, from norms of queries and keys; errors are mostly much smaller.
+            bound, from norms of queries and keys, of the polynomial and of rounding in the dtype that
+            is computed in; errors are mostly much smaller.
         rank: coordinates of queries and keys that are kept, those in which all logits together are
             best approximated; all if None and a degree is given, else chosen with the degree.
         scale: factor of the logits; ``1/sqrt(d)`` by default.
         enable_gqa: allow H to be a multiple of H_kv.
-        key_bias: ``(B, H, n)``, added to the logits of a key, exactly; -inf hides it. None for 0.
+        key_bias: ``(B, H, n)``, added to the logits of a key outside of the polynomial; -inf hides it.
+            None for 0. A row whose keys all lie more than about 70 below the largest bias of the head
+            (670 in float64) is refused: the dtype has too few digits for such weights.
         max_features: the most features that are taken.
 
     Returns:
@@ -90,15 +95,17 @@ def lowrank_attention(
     Raises:
         InputError: (a ValueError) shapes, dtypes or options that do not fit; NaN or Inf; logits that
             are too large for the tolerance.
-        ConvBasisError: a normaliser is not positive, which happens with odd degrees.
+        ConvBasisError: a normaliser is not positive, which happens with odd degrees, or too small a
+            number, which key_bias can make it.
 
     Causality:
         With a degree, and without rank, row i depends on what the mask lets it see alone. A chosen
         degree and coordinates depend on all tokens.
 
     Complexity:
-        O(n r (d_v + G)) time for r features, at most `max_features`; O(n (256 + d_v)) memory beside
-        states of chunks. The backward pass makes the features anew.
+        O(n r (d_v + G)) time for r features, at most `max_features`; O(n (256 + d_v)) memory, or 2^21
+        numbers for several short heads at a time, beside states of chunks. The backward pass makes the
+        features anew.
 
     Source:
         "Masked low rank" of docs/mathematics.md; Conv-Basis (arXiv 2405.05219), section 6.
@@ -152,12 +159,13 @@ def lowrank_attention_stats(
         >>> lowrank_attention_stats(q, k, v, CausalMask(9), tolerance=1e-4).degree
         6
     """
-    check_qkv(q, k, v, enable_gqa)
+    refuse_transforms("lowrank_attention", "masked_lowrank_matmul with polynomial_features")
+    check_qkv(q, k, v, enable_gqa, names=("q", "k", "v"))
     batch, heads, n, d = q.shape
     if not isinstance(mask, Mask):
         raise InputError(f"mask is {describe(mask)}; one of convbasis.lowrank is wanted")
     if mask.n != n:
-        raise InputError(f"mask is of {mask.n} tokens but query of {n}")
+        raise InputError(f"mask is of {mask.n} tokens but q of {n}")
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         check_finite(name, tensor)
     _check_key_bias(key_bias, q)
@@ -179,19 +187,34 @@ def lowrank_attention_stats(
         x = torch.cat([value * weights, weights], dim=-1)
         sums = _weighted_sums(query, key, x, mask, choice.degree)
         total = sums[..., -1]
-        wrong = visible & ~(total > 0)
+        limits = torch.finfo(work)
+        # Numbers below the least one that is refused have fewer digits, or are 0.
+        wrong = visible & ~((total > limits.tiny / limits.eps) & total.isfinite())
         if bool(wrong.any()):
-            row = wrong.nonzero()[0].tolist()
-            raise ConvBasisError(
-                f"the normaliser of row {row} is {float(total[tuple(row)]):.3g}: a polynomial of "
-                f"degree {choice.degree} is no approximation of these logits; use an even degree "
-                "and smaller logits"
-            )
+            raise _no_normaliser(total, wrong.nonzero()[0].tolist(), choice.degree, key_bias)
         safe = total.masked_fill(~visible, 1.0)
         output = (sums[..., :-1] / safe[..., None]).masked_fill(~visible[..., None], 0.0)
         lse = (safe.log() + most).masked_fill(~visible, -torch.inf)
     features = feature_count(choice.rank, choice.degree)
     return LowRankStats(output.to(q.dtype), lse, choice.degree, choice.rank, features, choice.error)
+
+
+def _no_normaliser(
+    total: Tensor, row: list[int], degree: int, key_bias: Tensor | None
+) -> ConvBasisError:
+    """Return the error of a row whose weights do not add up to a positive number."""
+    found = float(total[tuple(row)])
+    told = f"the normaliser of row {row} is {found:.3g}: "
+    if key_bias is not None and found >= 0.0:
+        largest = float(key_bias[tuple(row[:2])].detach().amax())
+        return ConvBasisError(
+            f"{told}key_bias of the keys that it sees is so far below its largest entry, "
+            f"{largest:.3g}, that their weights are lost in {total.dtype}; raise it, or use float64"
+        )
+    return ConvBasisError(
+        f"{told}a polynomial of degree {degree} is no approximation of these logits; use an even "
+        "degree and smaller logits"
+    )
 
 
 def _check_key_bias(bias: object, query: Tensor) -> None:
@@ -202,6 +225,8 @@ def _check_key_bias(bias: object, query: Tensor) -> None:
         raise InputError(
             f"key_bias is {describe(bias)}; a floating-point tensor {tuple(query.shape[:3])} is wanted"
         )
+    if bias.device != query.device:
+        raise InputError(f"key_bias is on {bias.device} but q is on {query.device}")
     if bool((bias.isnan() | (bias == torch.inf)).any()):
         raise InputError("key_bias holds NaN or +Inf; numbers, or -inf for hidden keys, are wanted")
 
@@ -227,7 +252,8 @@ def _chosen(
         raise InputError(f"rank={rank} is more than the {d} dimensions of queries and keys")
     if tolerance is None and degree is None:
         tolerance = TOLERANCE
-    least = 64 * torch.finfo(query.dtype).eps
+    eps = torch.finfo(query.dtype).eps
+    least = 64 * eps
     if tolerance is not None and not (least <= tolerance < 1.0):
         raise InputError(
             f"tolerance={describe(tolerance)} is not a number of {least:.2g} (the rounding of "
@@ -241,7 +267,7 @@ def _chosen(
     found = bounds(largest_norms(query), largest_norms(key))
     if degree is None:
         assert tolerance is not None
-        choice = least_features(found, tolerance, most, rank, _ALTERNATIVES)
+        choice = least_features(found, tolerance, most, rank, query.dtype, _ALTERNATIVES)
     else:
         kept = d if rank is None else rank
         if (count := feature_count(kept, degree)) > most:
@@ -249,7 +275,7 @@ def _chosen(
                 f"degree={degree} in {kept} dimensions has {count:,} features; max_features={most:,}: "
                 "use a smaller degree or rank"
             )
-        choice = Choice(degree, kept, output_error(*found[kept - 1], degree))
+        choice = Choice(degree, kept, output_error(*found[kept - 1], degree, eps))
         if tolerance is not None and choice.error > tolerance:
             raise InputError(
                 f"degree={degree} keeps the error below {choice.error:.3g}, not "
@@ -276,14 +302,20 @@ def _weighted_sums(query: Tensor, key: Tensor, x: Tensor, mask: Mask, degree: in
         return lowrank_product(evaluated(query, own, some), evaluated(key, own, some), x, mask)
 
     differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, x))
+    anew = differentiated and may_make_anew()
     found = []
-    problems = (tensor.flatten(0, 1).split(1) for tensor in (query, key, x))
+    together = max(1, _ENTRIES // (query.shape[-2] * min(_TOGETHER, len(own.factors))))
+    problems = (tensor.flatten(0, 1).split(together) for tensor in (query, key, x))
     for q, k, values in zip(*problems, strict=True):
         total = torch.zeros_like(values)
         for some in parts:
-            if differentiated:
+            if anew:
                 # Features are made anew by the backward pass: kept, they would take n r numbers.
-                total = total + checkpoint(of_features, q, k, values, some, use_reentrant=False)
+                total = total + checkpoint(
+                    of_features, q, k, values, some, use_reentrant=False, preserve_rng_state=False
+                )
+            elif differentiated:
+                total = total + of_features(q, k, values, some)
             else:
                 total += of_features(q, k, values, some)
         found.append(total)

@@ -37,7 +37,8 @@ def balanced_coordinates(query: Tensor, key: Tensor) -> Coordinates:
         for tensor in (query.double(), key.double()):
             values, vectors = torch.linalg.eigh(tensor.mT @ tensor)
             # What is never used keeps a little, so that the maps can be inverted.
-            values = values.clamp(min=0.0) + _RIDGE * values.mean(-1, keepdim=True).clamp(min=1e-300)
+            mean = values.mean(-1, keepdim=True)
+            values = values.clamp(min=0.0) + _RIDGE * torch.where(mean > 0.0, mean, 1.0)
             roots.append(vectors * values.sqrt()[..., None, :])
             inverses.append(vectors / values.sqrt()[..., None, :])
         left, sizes, right = torch.linalg.svd(roots[0].mT @ roots[1])

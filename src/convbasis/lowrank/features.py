@@ -58,7 +58,7 @@ def truncation_error(bound: float, degree: int) -> float:
         total += added
         power += 1
         term *= bound / power
-        if power > bound and added < 1e-17 * total:
+        if power > bound and added <= 1e-17 * total:  # both are 0 where all terms underflow
             return total
 
 
@@ -72,6 +72,7 @@ class Monomials(NamedTuple):
 
 
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)  # later calls may record gradients
 def monomials(dimensions: int, degree: int) -> Monomials:
     """Return all monomials of degree <= G in d variables, each once."""
     rows = [torch.full((1, degree), dimensions)]

@@ -32,8 +32,8 @@ def masked_lowrank_matmul(u1: Tensor, u2: Tensor, x: Tensor, mask: Mask) -> Tens
 
     Complexity:
         That of the mask: O(n r c) time for intervals (causal, windows, documents), and
-        O((n + changes) r c) for row changes. Memory: inputs, output, and states of chunks of 64 tokens,
-        never n r c numbers.
+        O((n + changes) r c) for row changes. Memory: inputs, output, and bounded numbers of states of
+        chunks, of 128 tokens for causal masks and of 64 for others, never n r c numbers.
 
     Source:
         "Masked low rank" of docs/mathematics.md; Conv-Basis (arXiv 2405.05219), section 6.

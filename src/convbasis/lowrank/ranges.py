@@ -22,7 +22,7 @@ _ENTRIES = 1 << 19  # numbers of tiles at a time
 _STATES = 1 << 26  # numbers in the states of all chunks at a time
 
 
-class Part(NamedTuple):
+class PartialChunks(NamedTuple):
     """Rows that see a part of a chunk."""
 
     tiles: Tiles
@@ -81,11 +81,11 @@ class Ranges:
             )
         self.reads_states = len(rows) > 0
 
-    def _part(self, rows: Tensor, low: Tensor, high: Tensor) -> Part:
+    def _part(self, rows: Tensor, low: Tensor, high: Tensor) -> PartialChunks:
         tiles = tiles_of(rows, low // CHUNK, CHUNK, self.m)
         first, last = (torch.full((self.m + 1,), end, device=rows.device) for end in (0, -1))
         first[rows], last[rows] = low % CHUNK, high % CHUNK
-        return Part(tiles, first[tiles.rows], last[tiles.rows])
+        return PartialChunks(tiles, first[tiles.rows], last[tiles.rows])
 
     def product(self, left: Tensor, right: Tensor, x: Tensor) -> Tensor:
         """Return rows ``left_e · Σ right_j x_j^T`` over the range of e, ``(P, m, c)``.
@@ -95,7 +95,8 @@ class Ranges:
             right: ``(P, n, r)``.
             x: ``(P, n, c)``.
 
-        Complexity: O((m + n) (r c + 64 (r + c))) time; O(n r c / 64) memory, or 2^24 numbers at least.
+        Complexity: O((m + n) (r c + 64 (r + c))) time; memory of two times n r c / 64
+        numbers, or of two times 2^26 where that is less.
         """
         left = _lengthened(left, self.m + 1)
         rights, values = (self._chunked(tensor) for tensor in (right, x))
@@ -133,7 +134,7 @@ class Ranges:
                 output += lefts[..., some] @ self._written(right[..., some].contiguous(), x)
         return output.flatten(1, 2)[:, : self.n]
 
-    def _pairs(self, rows_of: Tensor, chunks_of: Tensor, part: Part, some: slice) -> Tensor:
+    def _pairs(self, rows_of: Tensor, chunks_of: Tensor, part: PartialChunks, some: slice) -> Tensor:
         """Return products of rows with their chunk, 0 where they do not see it: ``(P, t, h, 64)``."""
         pairs = (
             _gathered(rows_of, part.tiles.rows[some])

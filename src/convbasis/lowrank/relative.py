@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_alike, check_finite, check_float_tensor, compute_dtype
+from ..checks import check_alike, check_finite, check_float_tensor, check_nonnegative, compute_dtype
 from ..convolve import DEFAULT_MAX_BYTES, fft_kernel_gradient, segment_product
 from ..errors import ConvBasisError, InputError
 from ..transforms import final, no_forward_mode, refuse_transforms
@@ -49,21 +49,8 @@ def lowrank_toeplitz_matmul(u1: Tensor, u2: Tensor, kernel: Tensor, x: Tensor) -
         tensor([2., 3., 3.])
     """
     refuse_transforms("lowrank_toeplitz_matmul", "masked_lowrank_matmul or causal_toeplitz_matmul")
-    given = {"u1": u1, "u2": u2, "kernel": kernel, "x": x}
-    for name, tensor in given.items():
-        check_float_tensor(name, tensor)
-    check_alike(**given)
-    if min(u1.ndim, u2.ndim, x.ndim) < 2 or kernel.ndim < 1:
-        raise InputError(_shapes(u1, u2, kernel, x))
+    batch = _checked(u1=u1, u2=u2, kernel=kernel, x=x)
     n, c = x.shape[-2:]
-    if u1.shape[-2:] != u2.shape[-2:] or u1.shape[-2] != n or kernel.shape[-1] != n:
-        raise InputError(_shapes(u1, u2, kernel, x))
-    try:
-        batch = torch.broadcast_shapes(u1.shape[:-2], u2.shape[:-2], kernel.shape[:-1], x.shape[:-2])
-    except RuntimeError:
-        raise InputError(f"batch dimensions do not broadcast: {_shapes(u1, u2, kernel, x)}") from None
-    for name, tensor in given.items():
-        check_finite(name, tensor)
     if 0 in batch or n == 0 or c == 0 or u1.shape[-1] == 0:
         return x.new_zeros((*batch, n, c))
     with torch.autocast(x.device.type, enabled=False):
@@ -89,11 +76,12 @@ def relative_attention(u1: Tensor, u2: Tensor, value: Tensor, lag_bias: Tensor) 
         lag_bias: ``(n,)`` or ``(..., n)``, added to the logarithm of the weights, by lag.
 
     Returns:
-        ``(..., n, d_v)``, dtype of the value; differentiable once with respect to all four.
+        ``(..., n, d_v)``, dtype of the value; half types are computed in float32. Differentiable once
+        with respect to all four.
 
     Raises:
         InputError: as `lowrank_toeplitz_matmul`.
-        ConvBasisError: a normaliser is not positive.
+        ConvBasisError: a normaliser is not a positive number.
 
     Complexity: O(n r d_v log n) time.
 
@@ -104,25 +92,29 @@ def relative_attention(u1: Tensor, u2: Tensor, value: Tensor, lag_bias: Tensor) 
         >>> relative_attention(u1, u2, torch.ones(50, 1), -torch.arange(50.0) / 9)[7]
         tensor([1.])
     """
-    check_float_tensor("value", value)
-    check_float_tensor("lag_bias", lag_bias)
-    if value.ndim < 2 or lag_bias.ndim < 1:
-        raise InputError(
-            f"value has shape {tuple(value.shape)} and lag_bias {tuple(lag_bias.shape)}; "
-            "(..., n, d_v) and (..., n) are wanted"
+    refuse_transforms("relative_attention", "scaled_dot_product_attention with attn_mask")
+    batch = _checked(u1=u1, u2=u2, lag_bias=lag_bias, value=value)
+    if 0 in (*batch, *value.shape[-2:]):
+        return value.new_zeros((*batch, *value.shape[-2:]))
+    with torch.autocast(value.device.type, enabled=False):
+        # Sums over many keys leave the range of float16, averages do not.
+        left, right, values, bias = (
+            tensor.to(compute_dtype(value.dtype)) for tensor in (u1, u2, value, lag_bias)
         )
-    check_finite("lag_bias", lag_bias)
-    # What all lags have in common cancels.
-    kernel = (lag_bias - lag_bias.detach().amax(-1, keepdim=True)).exp()
-    sums = lowrank_toeplitz_matmul(u1, u2, kernel, torch.nn.functional.pad(value, (0, 1), value=1.0))
-    total = sums[..., -1:]
-    if bool((total <= 0).any()):
-        row = (total[..., 0] <= 0).nonzero()[0].tolist()
-        raise ConvBasisError(
-            f"the normaliser of row {row} is {float(total[(*row, 0)]):.3g}: products of features must "
-            "be positive, and the bias must not leave a row without weight in this dtype"
-        )
-    return sums[..., :-1] / total
+        # What all lags have in common cancels.
+        kernel = (bias - bias.detach().amax(-1, keepdim=True)).exp()
+        padded = torch.nn.functional.pad(values, (0, 1), value=1.0)
+        sums = lowrank_toeplitz_matmul(left, right, kernel, padded)
+        total = sums[..., -1:]
+        wrong = ~((total > 0) & total.isfinite())[..., 0]
+        if bool(wrong.any()):
+            row = wrong.nonzero()[0].tolist()
+            raise ConvBasisError(
+                f"the normaliser of row {row} is {float(total[(*row, 0)]):.3g}: products of features "
+                f"must be positive, and lag_bias must not leave a row without weight in {total.dtype}"
+            )
+        output = sums[..., :-1] / total
+    return output.to(value.dtype)
 
 
 def rotary_features(u: Tensor, *, base: float = 10_000.0) -> Tensor:
@@ -133,15 +125,18 @@ def rotary_features(u: Tensor, *, base: float = 10_000.0) -> Tensor:
     product and ``sin(w_p (i - j))`` times its cross product: low rank times conv with kernels that are
     low rank themselves, so that no transform is needed, only `masked_lowrank_matmul`.
 
+    Products of rotated features may be negative, whatever the features were. As weights of attention
+    they can leave a row with a normaliser that is not positive, which `relative_attention` refuses.
+
     Args:
         u: ``(..., n, r)``, r even.
-        base: the slowest pair turns about once in 2 pi base tokens.
+        base: positive; the slowest pair turns about once in 2 pi base tokens.
 
     Returns:
-        ``(..., n, r)``, dtype of u.
+        ``(..., n, r)``, dtype of u; half types are rotated in float32.
 
     Raises:
-        InputError: an odd r, or no floating-point tensor.
+        InputError: an odd r, no floating-point tensor, or a base that is not positive.
 
     Example:
         >>> import torch
@@ -153,20 +148,47 @@ def rotary_features(u: Tensor, *, base: float = 10_000.0) -> Tensor:
     check_float_tensor("u", u)
     if u.ndim < 2 or u.shape[-1] % 2:
         raise InputError(f"u has shape {tuple(u.shape)}; (..., n, r) with an even r is wanted")
+    if check_nonnegative("base", base) == 0.0:
+        raise InputError(
+            "base=0 is not positive; the slowest pair turns about once in 2 pi base tokens"
+        )
     n, r = u.shape[-2:]
     half = r // 2
+    work = u.to(compute_dtype(u.dtype))
     speeds = base ** (-torch.arange(half, dtype=torch.float64, device=u.device) / max(1, half))
     angles = torch.arange(n, dtype=torch.float64, device=u.device)[:, None] * speeds
-    cos, sin = angles.cos().to(u.dtype), angles.sin().to(u.dtype)
-    first, second = u[..., :half], u[..., half:]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    cos, sin = angles.cos().to(work.dtype), angles.sin().to(work.dtype)
+    first, second = work[..., :half], work[..., half:]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(u.dtype)
 
 
-def _shapes(u1: Tensor, u2: Tensor, kernel: Tensor, x: Tensor) -> str:
-    return (
-        f"u1 has shape {tuple(u1.shape)}, u2 {tuple(u2.shape)}, kernel {tuple(kernel.shape)} and x "
-        f"{tuple(x.shape)}; u1 and u2 must be (..., n, r), kernel (..., n) and x (..., n, c) of one n"
-    )
+def _checked(**given: Tensor) -> torch.Size:
+    """Check two factors, what depends on the lag, and columns; return their common batch dimensions.
+
+    Raises:
+        InputError: dtypes, devices or shapes that do not fit; NaN or Inf. It has the names given.
+    """
+    for name, tensor in given.items():
+        check_float_tensor(name, tensor)
+    check_alike(**given)
+    left, right, by_lag, x = given.values()
+    *_, kernel, columns = given
+    shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in given.items())
+    wanted = f"u1 and u2 must be (..., n, r), {kernel} (..., n) and {columns} (..., n, c) of one n"
+    shapes = f"shapes are {shapes}; {wanted}"
+    if min(left.ndim, right.ndim, x.ndim) < 2 or by_lag.ndim < 1:
+        raise InputError(shapes)
+    n = x.shape[-2]
+    if left.shape[-2:] != right.shape[-2:] or left.shape[-2] != n or by_lag.shape[-1] != n:
+        raise InputError(shapes)
+    batches = (left.shape[:-2], right.shape[:-2], by_lag.shape[:-1], x.shape[:-2])
+    try:
+        batch = torch.broadcast_shapes(*batches)
+    except RuntimeError:
+        raise InputError(f"batch dimensions do not broadcast: {shapes}") from None
+    for name, tensor in given.items():
+        check_finite(name, tensor)
+    return batch
 
 
 def _columns(left: Tensor, x: Tensor) -> Iterator[slice]:

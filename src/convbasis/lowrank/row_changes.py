@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from ..checks import check_positive_int
+from ..checks import check_positive_int, describe
 from ..errors import InputError
 from .intervals import IntervalMask, whole_numbers
 from .mask import Mask
@@ -22,8 +23,8 @@ class RowChangeMask(Mask):
         removals: for each row the keys that the row before sees and it does not.
 
     Raises:
-        InputError: a key beyond the sequence, added while it is visible, removed while it is not, or
-            both added and removed in one row.
+        InputError: no lists of integers; a key beyond the sequence, added while it is visible, removed
+            while it is not, or both added and removed in one row.
 
     Complexity:
         A key is seen by runs of rows, one from each addition to the next removal, and a run of rows is
@@ -41,6 +42,7 @@ class RowChangeMask(Mask):
 
     def __init__(self, additions: Sequence[Sequence[int]], removals: Sequence[Sequence[int]]) -> None:
         """Check the changes, and keep the runs of rows that see a key."""
+        additions, removals = _listed("additions", additions), _listed("removals", removals)
         check_positive_int("the number of rows", len(additions), "one row at least")
         if len(additions) != len(removals):
             raise InputError(
@@ -50,7 +52,7 @@ class RowChangeMask(Mask):
         keys, rows, signs = [], [], []
         for name, changes, sign in (("additions", additions, 1), ("removals", removals, -1)):
             counts = torch.tensor([len(change) for change in changes])
-            flat = whole_numbers(name, [int(key) for change in changes for key in change])
+            flat = whole_numbers(name, [key for change in changes for key in change])
             if len(flat) and not 0 <= int(flat.min()) <= int(flat.max()) < self.n:
                 raise InputError(
                     f"{name} holds keys {int(flat.min())}..{int(flat.max())}; they must lie in "
@@ -124,6 +126,27 @@ class RowChangeMask(Mask):
             return None
         some = last >= first
         return RowChangeMask._of_runs(self.n, keys[some], first[some], last[some])
+
+
+def _listed(name: str, changes: object) -> list[list[int]]:
+    """Return the keys of each row."""
+    if not isinstance(changes, Iterable):
+        raise InputError(f"{name} is {describe(changes)}; a list of keys for each row is wanted")
+    return [_positions(f"{name} of row {row}", change) for row, change in enumerate(changes)]
+
+
+def _positions(name: str, keys: object) -> list[int]:
+    if not isinstance(keys, Iterable):
+        raise InputError(f"{name} is {describe(keys)}; a list of keys is wanted")
+    found = []
+    for key in keys:
+        if isinstance(key, bool) or not hasattr(key, "__index__"):
+            raise InputError(f"{name} holds {describe(key)}; integers, positions of keys, are wanted")
+        try:
+            found.append(operator.index(key))
+        except TypeError:  # a tensor that is no integer
+            raise InputError(f"{name} holds {describe(key)}; integers are wanted") from None
+    return found
 
 
 def _filled(mask: IntervalMask) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from ..checks import (
     describe,
 )
 from ..errors import InputError
+from ..transforms import refuse_transforms
 
 _ENTRIES = 1 << 21  # numbers in gathered keys and values at a time
 
@@ -68,6 +69,8 @@ def merge_parts(parts: Sequence[tuple[Tensor, Tensor]]) -> Part:
         check_float_tensor("an output", output)
         check_float_tensor("a log-sum-exp", lse)
         check_alike(first=first, output=output)
+        if lse.device != first.device:
+            raise InputError(f"a log-sum-exp is on {lse.device} but the outputs are on {first.device}")
         if output.shape != first.shape or lse.shape != first.shape[:-1]:
             raise InputError(
                 f"a part has an output of shape {tuple(output.shape)} and a log-sum-exp of "
@@ -100,7 +103,7 @@ def sparse_attention_stats(
         key: ``(B, H_kv, n, d)``, same dtype and device.
         value: ``(B, H_kv, n, d_v)``, same dtype and device.
         keys: integers ``(n, s)``, or ``(B, H, n, s)``: positions of keys, in each row each once; -1 for
-            none.
+            none. Keys later than the query count as well: leave them out where attention is causal.
         scale: factor of the logits; ``1/sqrt(d)`` by default.
         enable_gqa: allow H to be a multiple of H_kv.
 
@@ -122,6 +125,7 @@ def sparse_attention_stats(
         >>> sparse_attention_stats(q, k, v, lists).lse[0, 0]
         tensor([  -inf, 1.4142, 2.1074])
     """
+    refuse_transforms("sparse_attention_stats", "scaled_dot_product_attention with attn_mask")
     check_qkv(query, key, value, enable_gqa)
     batch, heads, n, d = query.shape
     for name, tensor in (("query", query), ("key", key), ("value", value)):
@@ -158,7 +162,7 @@ def sparse_attention_stats(
                     given = q, k, v, every[b, h, low : low + rows]
                     # Gathered keys are made anew by the backward pass.
                     output, lse = (
-                        checkpoint(_over_lists, *given, use_reentrant=False)
+                        checkpoint(_over_lists, *given, use_reentrant=False, preserve_rng_state=False)
                         if differentiated
                         else _over_lists(*given)
                     )
