@@ -75,6 +75,13 @@ def compare(rank, lengths, single, sharded, tensors, dims, everywhere=(), limit=
         assert_close(whole[index].grad, total, whole=limit, row=10 * limit)
 
 
+def starts_of_heads(batch, heads, n):
+    """Return starts of each head, ``(B, H, 3)``; one has fewer than others."""
+    second = torch.arange(batch * heads).view(batch, heads) + 10
+    third = (2 * second + 30).index_fill(1, torch.tensor([0]), n)
+    return torch.stack([torch.zeros_like(second), second, third], dim=-1)
+
+
 def conv_basis(rank, ranks):
     mesh = mesh_of(ranks)
     cases = [
@@ -88,6 +95,8 @@ def conv_basis(rank, ranks):
         (1, 6, 3, 97, 8, 8, "uneven", {"starts": [0, 20, 77], "layout": "columns"}),
         (1, 3, 3, 64, 8, 5, "even", {"segment_length": 11, "backend": "partitioned"}),
         (1, 1, 1, 90, 8, 4, "even", {"segment_length": 40, "layout": "heads"}),  # ranks without work
+        (2, 4, 2, 90, 8, 4, "even", {"starts": starts_of_heads(2, 4, 90)}),
+        (2, 2, 1, 90, 8, 4, "even", {"starts": starts_of_heads(2, 2, 90), "layout": "columns"}),
     ]
     for batch, heads, kv_heads, n, d, d_v, kind, options in cases:
         tensors = inputs(batch, heads, kv_heads, n, d, d_v)
@@ -165,6 +174,7 @@ def hybrid(rank, ranks):
     cases = [
         # heads, kv_heads, n, split, options
         (4, 2, 401, "even", {"window": 32, "columns": 8}),
+        (2, 2, 350, "even", {"window": 20, "columns": 6, "seed": 3}),
         (2, 1, 301, "uneven", {"window": 170, "columns": 5, "sinks": 2}),  # halos of several ranks
         (1, 1, 260, "empty", {"window": 40, "columns": 0}),
         (2, 2, 100, "even", {"window": 200}),

@@ -244,13 +244,16 @@ def _attend(
         heads,
         value.shape[-1],
     )
-    own = pieces[tokens.ranks.rank]
+    own_pieces = pieces[tokens.ranks.rank]
 
     def local(arrived: list[Tensor], everywhere: list[Tensor]) -> list[Tensor]:
         parts = iter(arrived)
         outputs = []
-        for piece in own:
+        for piece in own_pieces:
             q = next(parts)
+            own = dict(segments)
+            if given is not None and given.ndim == 3:
+                own["starts"] = given[:, piece.heads]
             v, sharing = next(parts) if by_segment else None, heads // key.shape[1]
             if by_segment:
                 assert given is not None
@@ -264,7 +267,7 @@ def _attend(
                     q,
                     k,
                     v,
-                    **segments,
+                    **own,
                     scale=1.0 if by_segment else scale,
                     enable_gqa=True,
                     key_padding_mask=real,
