@@ -32,7 +32,7 @@ from torch.distributed.device_mesh import init_device_mesh
 import convbasis as cb
 from convbasis import distributed
 from convbasis.distributed.cost import Machine, attention_load, hybrid_load, ring_load
-from convbasis.distributed.ranks import TRAFFIC
+from convbasis.distributed.ranks import state_of
 
 ROOT = Path(__file__).parent.parent
 RANKS = (1, 2, 4)
@@ -51,7 +51,7 @@ _SENT = 200  # place of tcpi_bytes_sent in the kernel's struct tcp_info; what wa
 def sent_bytes(backend: str) -> int:
     """Return the bytes that this process has sent."""
     if backend != "gloo":
-        return TRAFFIC.sent
+        return state_of(dist.group.WORLD).sent
     total = 0
     for place in list(Path("/proc/self/fd").iterdir()):
         try:

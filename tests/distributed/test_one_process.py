@@ -1,6 +1,7 @@
 """A group of one process, in the process of the tests; and what is said of groups that failed."""
 
 import json
+import threading
 
 import cost_checks
 import model_checks
@@ -9,6 +10,7 @@ import sharded_checks
 import torch
 import torch.distributed as dist
 
+from convbasis import distributed
 from convbasis.distributed import failure, handshake
 
 
@@ -81,6 +83,25 @@ def test_a_store_that_does_not_answer_is_told(monkeypatch):
     told = str(failure.post_mortem(Group(Gone()), 0.05, ""))
     assert "a collective failed (no message)" in told
     assert "does not answer (Broken pipe)" in told
+
+
+class Stopped:
+    """Of a process that lives but does nothing: torch then waits without end."""
+
+    def wait(self, *_):
+        threading.Event().wait()
+
+    check = set = delete_key = wait
+
+
+def test_a_store_that_hangs_is_told(monkeypatch):
+    monkeypatch.setattr(failure, "_SLACK", 0.05)
+    told = str(failure.post_mortem(Group(Stopped()), 0.05, ""))
+    assert "does not answer (no answer in 0.1 s)" in told
+    with pytest.raises(distributed.DistributedError, match="no answer in"):
+        failure.forget_note(Group(Stopped()), 0.05)
+    with pytest.raises(RuntimeError, match="no answer"):
+        failure.leave_note(Group(Stopped()), "lost", 0.05)
 
 
 def test_own_notes_are_forgotten():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -9,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ..errors import ConvBasisError
-from .failure import leave_note
 from .ranks import Ranks
 from .shares import Piece
 
@@ -41,15 +41,16 @@ class Roads(NamedTuple):
         shapes = [[(batch, _count(h), length, _count(c)) for _, h, c in own] for length in self.lengths]
         return _joined(exchange(self.ranks, blocks, shapes, tensors[0]))
 
-    def from_shares(self, grads: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+    def from_shares(
+        self, grads: Sequence[Tensor], shapes: Sequence[torch.Size], like: Tensor
+    ) -> list[Tensor]:
         """Return the gradients of this rank's tokens, from those of the parts that it wanted."""
-        batch = tensors[0].shape[0]
-        length = self.lengths[self.ranks.rank]
-        shapes = [[(batch, _count(h), length, _count(c)) for _, h, c in w] for w in self.wanted]
-        arrived = exchange(self.ranks, _by_rank(grads, self.lengths), shapes, tensors[0])
-        sums = [torch.zeros_like(tensor) for tensor in tensors]
-        for parts, blocks in zip(self.wanted, arrived, strict=True):
-            for (i, h, c), block in zip(parts, blocks, strict=True):
+        batch, length = shapes[0][0], self.lengths[self.ranks.rank]
+        parts = [[(batch, _count(h), length, _count(c)) for _, h, c in w] for w in self.wanted]
+        arrived = exchange(self.ranks, _by_rank(grads, self.lengths), parts, like)
+        sums = [like.new_zeros(shape) for shape in shapes]
+        for wanted, blocks in zip(self.wanted, arrived, strict=True):
+            for (i, h, c), block in zip(wanted, blocks, strict=True):
                 sums[i][:, h, :, c] += block
         return sums
 
@@ -106,51 +107,38 @@ class _Spread(torch.autograd.Function):
         tensors, everywhere = given[:count], [tensor.detach() for tensor in given[count:]]
         arrived = roads.to_shares(tensors)
         needed = any(ctx.needs_input_grad)
-        with noted(roads.ranks), torch.set_grad_enabled(needed):
+        with roads.ranks.noted(), torch.set_grad_enabled(needed):
             if needed:
                 for part in (*arrived, *everywhere):
                     part.requires_grad_()
             outputs = local(arrived, everywhere)
-        if needed:
-            ctx.graph = arrived, everywhere, outputs
-        ctx.roads = roads
-        ctx.save_for_backward(*tensors)
+        ctx.graph = (arrived, everywhere, outputs) if needed else None
+        ctx.roads, ctx.shapes = roads, [tensor.shape for tensor in tensors]
         return roads.to_tokens([output.detach() for output in outputs], tensors[0])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         roads: Roads = ctx.roads
+        if ctx.graph is None:
+            raise ConvBasisError(
+                "a second backward pass over the same output: what it needs is gone after the first; "
+                "compute the output again, or add up the losses before backward"
+            )
         arrived, everywhere, outputs = ctx.graph
-        del ctx.graph
+        ctx.graph = None
         incoming = roads.from_tokens(grad)
         sources = [*arrived, *everywhere]
         found: Sequence[Tensor | None] = [None] * len(sources)
-        with noted(roads.ranks):
+        with roads.ranks.noted():
             if outputs:
                 found = torch.autograd.grad(outputs, sources, incoming, allow_unused=True)
         whole = [
             torch.zeros_like(part) if own is None else own
             for part, own in zip(sources, found, strict=True)
         ]
-        own_tokens = roads.from_shares(whole[: len(arrived)], ctx.saved_tensors)
+        own_tokens = roads.from_shares(whole[: len(arrived)], ctx.shapes, grad)
         return None, None, None, *own_tokens, *whole[len(arrived) :]
-
-
-class noted:
-    """Leave a note for the other ranks, which wait for this one, when it fails by itself."""
-
-    def __init__(self, ranks: Ranks) -> None:
-        """Keep whose ranks they are."""
-        self._ranks = ranks
-
-    def __enter__(self) -> None:
-        """Begin."""
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
-        """Leave the note."""
-        if error is not None and (isinstance(error, ConvBasisError | RuntimeError | MemoryError)):
-            leave_note(self._ranks.group, f"{type(error).__name__}: {error}")
 
 
 def exchange(
@@ -160,7 +148,7 @@ def exchange(
     like: Tensor,
 ) -> list[list[Tensor]]:
     """Send some tensors to each rank, and return those of known shapes that came from each."""
-    sizes = [[_product(shape) for shape in own] for own in shapes]
+    sizes = [[math.prod(shape) for shape in own] for own in shapes]
     arrived = ranks.all_to_all(blocks, [sum(own) for own in sizes], like)
     return [
         [part.view(shape) for part, shape in zip(x.split(own), of, strict=True)] if own else []
@@ -181,10 +169,3 @@ def _joined(arrived: list[list[Tensor]]) -> list[Tensor]:
 
 def _count(part: slice) -> int:
     return int(part.stop - part.start)
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size
