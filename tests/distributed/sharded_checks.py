@@ -1,5 +1,6 @@
 """Checks that run in the ranks of one launch: sharded attention against that of one process."""
 
+import pytest
 import torch
 from comparison import assert_close
 from torch.distributed.device_mesh import init_device_mesh
@@ -157,16 +158,55 @@ def documents(rank, ranks):
     )
 
 
+def sharded_and_whole(rank, ranks, tensors, more=(), exchange="auto", **options):
+    """Return this rank's part of one process's output, and what this rank computes."""
+    mesh, lengths = mesh_of(ranks), split(tensors[0].shape[2], ranks)
+    options = {"segment_length": 20, "enable_gqa": True, **options}
+    by_key = dict(more)
+    want = cb.conv_basis_attention(*tensors, **by_key, **options)
+    mine = (own(x, lengths, rank) for x in tensors)
+    by_key = {name: own(x, lengths, rank) for name, x in by_key.items()}
+    found = distributed.conv_basis_attention(*mine, mesh=mesh, exchange=exchange, **by_key, **options)
+    return own(want, lengths, rank), found
+
+
 def half_types(rank, ranks):
-    mesh = mesh_of(ranks)
-    lengths = split(100, ranks)
     tensors = inputs(1, 4, 2, 100, 8, 8, torch.bfloat16)
-    want = cb.conv_basis_attention(*tensors, segment_length=20, enable_gqa=True)
-    found = distributed.conv_basis_attention(
-        *(own(x, lengths, rank) for x in tensors), mesh=mesh, segment_length=20, enable_gqa=True
-    )
+    want, found = sharded_and_whole(rank, ranks, tensors)
     assert found.dtype == torch.bfloat16
-    assert torch.equal(found, own(want, lengths, rank))
+    assert torch.equal(found, want)
+    # Logits travel in float32: as bfloat16 they would be rounded once more than in one process.
+    large = [8 * tensors[0], *tensors[1:]]
+    want, found = sharded_and_whole(rank, ranks, large, exchange="logits")
+    assert found.dtype == torch.bfloat16
+    assert float((found.float() - want.float()).abs().max()) < 2**-7 * float(want.float().abs().max())
+    assert float((found != want).float().mean()) < 0.02
+
+
+def mixed_types(rank, ranks):
+    """Biases of another dtype than the query's; queries and keys of two under autocast."""
+    by_key = torch.randn(1, 4, 100, dtype=torch.float64)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        tensors = inputs(1, 4, 2, 100, 8, 8, dtype)
+        for bias in (by_key, by_key.float(), by_key.bfloat16()):
+            want, found = sharded_and_whole(rank, ranks, tensors, {"key_bias": bias})
+            assert found.dtype == want.dtype == dtype
+            limit = {torch.float32: 1e-6, torch.float64: 1e-6, torch.bfloat16: 2**-7}[dtype]
+            assert_close(want.float(), found.float(), whole=limit, row=limit)
+    query, key, value = inputs(1, 4, 2, 100, 8, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        want, found = sharded_and_whole(rank, ranks, [query, key.bfloat16(), value])
+    assert found.dtype == want.dtype == torch.bfloat16
+    assert torch.equal(found, want)
+
+
+def second_backward(rank, ranks):
+    mesh, lengths = mesh_of(ranks), split(40, ranks)
+    mine = [own(x, lengths, rank).requires_grad_() for x in inputs(1, 2, 2, 40, 4, 4)]
+    output = distributed.conv_basis_attention(*mine, mesh=mesh, segment_length=9)
+    output.sum().backward(retain_graph=True)
+    with pytest.raises(cb.ConvBasisError, match="a second backward pass over the same output"):
+        output.sum().backward()
 
 
 def hybrid(rank, ranks):
@@ -210,7 +250,16 @@ def hybrid_with_padding(rank, ranks):
     assert_close(own(want, lengths, rank), found, whole=1e-5, row=1e-5)
 
 
-CHECKS = (conv_basis, biases_and_padding, documents, half_types, hybrid, hybrid_with_padding)
+CHECKS = (
+    conv_basis,
+    biases_and_padding,
+    documents,
+    half_types,
+    mixed_types,
+    second_backward,
+    hybrid,
+    hybrid_with_padding,
+)
 
 
 def everything(rank, ranks):

@@ -23,6 +23,20 @@ def test_what_differs_is_named_in_every_rank():
         assert kind == ("InputError" if rank == 1 else "DistributedError")
         assert "key holds 1 NaN or Inf" in message
         assert rank == 1 or message.startswith("rank 1 cannot go on: key holds")
+        for name, words in {
+            "bias of another shape": "key_bias has shape",
+            "no bias by key": "key_bias is 1.0; a torch.Tensor is wanted",
+            "no bias by lag": "lag_bias is a list; a torch.Tensor is wanted",
+            "timeout": "timeout=0 leaves no time",
+            "placed": "query is a DTensor but key is none",
+            "layer": "hidden_states has shape (1, 4, 13)",
+            "documents": "document_lengths add up to 15 tokens, but the sequence has 12",
+        }.items():
+            kind, message, seconds = found[name]
+            assert kind == ("InputError" if rank == 1 else "DistributedError"), (name, message)
+            assert words in message
+            assert rank == 1 or message.startswith("rank 1 cannot go on: ")
+            assert seconds < failing_checks.TIMEOUT / 2
         assert found["after"][0] == "no error"
 
 
@@ -53,3 +67,7 @@ def test_a_missing_rank_is_named(way, words, broken):
         assert kind == "DistributedError"
         assert words in message
         assert seconds < failing_checks.TIMEOUT + 2
+
+
+def test_a_group_of_the_same_name_begins_anew(tmp_path):
+    assert launch(1, failing_checks.begun_again, 1, str(tmp_path)) == ["no error"]

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 
 from ..checks import check_nonnegative_int
-from .handshake import agree
-from .ranks import ranks_of
+from .handshake import agree, ranks_for
 
 
 def token_lengths(tokens: int, mesh: Any, *, timeout: float = 300.0) -> list[int]:
@@ -25,7 +24,7 @@ def token_lengths(tokens: int, mesh: Any, *, timeout: float = 300.0) -> list[int
         InputError: (a ValueError) tokens is no number.
         DistributedError: a rank is missing.
     """
-    ranks = ranks_of(mesh, timeout)
+    ranks = ranks_for(mesh, timeout)
 
     def check() -> tuple[dict[str, Any], int, bool]:
         return {}, check_nonnegative_int("tokens", tokens), True

@@ -170,12 +170,10 @@ class ConvBasisAttention(nn.Module):
                 batch, or a cache together with padding, documents or a mesh.
             DistributedError: with a mesh, ranks that do not fit together, or one that is missing.
         """
-        self._check(hidden_states)
         if self.mesh is not None:
-            if cache is not None:
-                raise InputError("cache was given, but a layer with a mesh takes whole sequences alone")
-            mixed = self._attend_over_ranks(hidden_states, key_padding_mask, document_lengths)
+            mixed = self._attend_over_ranks(hidden_states, key_padding_mask, document_lengths, cache)
             return self._output(mixed, hidden_states)
+        self._check(hidden_states)
         first = 0 if cache is None else cache.length
         query, key, value = self._projected(hidden_states, first)
         n = first + hidden_states.shape[1]
@@ -214,7 +212,7 @@ class ConvBasisAttention(nn.Module):
                 check_finite("key_bias", biases)
             past = cache.extend(query, key, value, biases, starts)
             if past is not None:
-                zero = query.new_zeros((self.num_heads, n))
+                zero = query.new_zeros((query.shape[1], n))
                 mixed = attend_to_cache(
                     past,
                     zero if lag_bias is None else lag_bias,
@@ -229,14 +227,24 @@ class ConvBasisAttention(nn.Module):
         hidden_states: Tensor,
         key_padding_mask: Tensor | None,
         document_lengths: Sequence[int] | None,
+        cache: ConvBasisCache | None,
     ) -> Tensor:
         """Return the heads' outputs for this rank's tokens, ``(B, H, m, head_dim)``."""
         from .. import distributed
+        from ..distributed.handshake import refusals_told
 
+        with refusals_told(self.mesh, self.timeout):
+            self._check(hidden_states)
+            if cache is not None:
+                raise InputError("cache was given, but a layer with a mesh takes whole sequences alone")
         own = hidden_states.shape[1]
         lengths = distributed.token_lengths(own, self.mesh, timeout=self.timeout)
         n, first = sum(lengths), sum(lengths[: self.mesh.get_local_rank()])
-        query, key, value = self._projected(hidden_states, first)
+        with refusals_told(self.mesh, self.timeout):
+            query, key, value = self._projected(hidden_states, first)
+            key_bias = self._key_bias(hidden_states)
+            lag_bias = None if self.lag_bias is None else self.lag_bias(n)
+            segments = self._segments(n, document_lengths)
         return distributed.conv_basis_attention(
             query,
             key,
@@ -244,14 +252,14 @@ class ConvBasisAttention(nn.Module):
             mesh=self.mesh,
             enable_gqa=True,
             key_padding_mask=key_padding_mask,
-            key_bias=self._key_bias(hidden_states),
-            lag_bias=None if self.lag_bias is None else self.lag_bias(n),
+            key_bias=key_bias,
+            lag_bias=lag_bias,
             document_lengths=document_lengths,
             gradient=self.gradient,
             backend=self.backend,
             max_bytes=self.max_bytes,
             timeout=self.timeout,
-            **self._segments(n, document_lengths),
+            **segments,
         )
 
     def _output(self, mixed: Tensor, hidden_states: Tensor) -> Tensor:
