@@ -34,6 +34,22 @@ def test_one_rank_sends_nothing(group):
     assert all(row[2:] == [0, 0] for row in cost_checks.sent(0, 1))
 
 
+# Torch's compiler looks at a gradient that is none, and hides its own warning in vain.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_compiled_layer_attends_as_it_is(group):
+    mesh = sharded_checks.mesh_of(1)
+    layer = model_checks.layer(mesh=mesh)
+    hidden = torch.randn(1, 30, 24)
+    compiled = torch.compile(layer, backend="eager")
+    assert torch.equal(compiled(hidden), layer(hidden))
+    tensors = sharded_checks.inputs(1, 2, 2, 30, 8, 8)
+
+    def near(query, key, value):
+        return 2 * distributed.hybrid_attention(query, key, value, mesh=mesh, window=4) + query
+
+    assert torch.equal(torch.compile(near, backend="eager")(*tensors), near(*tensors))
+
+
 class Group:
     """Rank 0 of three, with a store."""
 

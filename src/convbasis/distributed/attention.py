@@ -23,13 +23,14 @@ from ..checks import (
 from ..dispatch import check_backend
 from ..errors import InputError
 from .call import Tokens, begin, opened, told
-from .first_keys import first_real_keys, gather_tokens, segment_logits_of, unit_keys
+from .first_keys import first_real_keys, segment_logits_of, unit_keys
 from .shares import Piece, Sizes, check_layout, for_heads, shares, whole_heads
-from .transport import Part, Roads, spread
+from .transport import Part, Roads, gather_tokens, spread
 
 _HALF = (torch.bfloat16, torch.float16)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def conv_basis_attention(
     query: Tensor,
     key: Tensor,

@@ -17,6 +17,7 @@ from .call import begin, opened, told
 from .shares import LAYOUTS, Piece
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def hybrid_attention(
     query: Tensor,
     key: Tensor,

@@ -10,6 +10,7 @@ from ..checks import check_nonnegative_int
 from .handshake import agree, ranks_for
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def token_lengths(tokens: int, mesh: Any, *, timeout: float = 300.0) -> list[int]:
     """Return how many tokens each rank has; all ranks of the mesh call it together.
 

@@ -1,4 +1,4 @@
-"""From token shards to shares of heads and columns, and back; the same roads for gradients."""
+"""From token shards to shares of heads and columns, and back; some tokens to all; so gradients, too."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import ConvBasisError
 from .ranks import Ranks
-from .shares import Piece
+from .shares import Piece, length_of
 
 # One part of a tensor ``(B, heads, tokens, columns)``: its place among the tensors, heads and columns.
 Part = tuple[int, slice, slice]
@@ -38,7 +38,9 @@ class Roads(NamedTuple):
         batch = tensors[0].shape[0]
         blocks = [[tensors[i][:, h, :, c] for i, h, c in parts] for parts in self.wanted]
         own = self.wanted[self.ranks.rank]
-        shapes = [[(batch, _count(h), length, _count(c)) for _, h, c in own] for length in self.lengths]
+        shapes = [
+            [(batch, length_of(h), length, length_of(c)) for _, h, c in own] for length in self.lengths
+        ]
         return _joined(exchange(self.ranks, blocks, shapes, tensors[0]))
 
     def from_shares(
@@ -46,7 +48,7 @@ class Roads(NamedTuple):
     ) -> list[Tensor]:
         """Return the gradients of this rank's tokens, from those of the parts that it wanted."""
         batch, length = shapes[0][0], self.lengths[self.ranks.rank]
-        parts = [[(batch, _count(h), length, _count(c)) for _, h, c in w] for w in self.wanted]
+        parts = [[(batch, length_of(h), length, length_of(c)) for _, h, c in w] for w in self.wanted]
         arrived = exchange(self.ranks, _by_rank(grads, self.lengths), parts, like)
         sums = [like.new_zeros(shape) for shape in shapes]
         for wanted, blocks in zip(self.wanted, arrived, strict=True):
@@ -58,7 +60,7 @@ class Roads(NamedTuple):
         """Return the output of this rank's tokens, from the pieces that all ranks computed."""
         batch, length = like.shape[0], self.lengths[self.ranks.rank]
         shapes = [
-            [(batch, _count(p.heads), length, _count(p.columns)) for p in pieces]
+            [(batch, length_of(p.heads), length, length_of(p.columns)) for p in pieces]
             for pieces in self.pieces
         ]
         arrived = exchange(self.ranks, _by_rank(outputs, self.lengths), shapes, like)
@@ -74,7 +76,7 @@ class Roads(NamedTuple):
         blocks = [[grad[:, p.heads, :, p.columns] for p in pieces] for pieces in self.pieces]
         own = self.pieces[self.ranks.rank]
         shapes = [
-            [(batch, _count(p.heads), length, _count(p.columns)) for p in own]
+            [(batch, length_of(p.heads), length, length_of(p.columns)) for p in own]
             for length in self.lengths
         ]
         return _joined(exchange(self.ranks, blocks, shapes, grad))
@@ -141,6 +143,59 @@ class _Spread(torch.autograd.Function):
         return None, None, None, *own_tokens, *whole[len(arrived) :]
 
 
+def gather_tokens(ranks: Ranks, lengths: Sequence[int], tensor: Tensor, positions: Tensor) -> Tensor:
+    """Return tokens of the whole sequence, the same in all ranks; gradients go back to their owners.
+
+    Args:
+        ranks: the processes.
+        lengths: tokens of each rank.
+        tensor: ``(B, H, m, c)``, of this rank's tokens.
+        positions: ``(B, p)`` or ``(B, H, p)`` in the whole sequence, the same in all ranks.
+
+    Returns:
+        ``(B, H, p, c)``.
+    """
+    places = positions if positions.ndim == 3 else positions[:, None]
+    places = places.expand(*tensor.shape[:2], -1)
+    found: Tensor = _Gather.apply(ranks, list(lengths), tensor, places)
+    return found
+
+
+class _Gather(torch.autograd.Function):
+    """Every rank sends the tokens that it owns to all."""
+
+    @staticmethod
+    def forward(ctx: Any, ranks: Ranks, lengths: list[int], tensor: Tensor, places: Tensor) -> Tensor:
+        ends = torch.tensor(lengths, device=places.device).cumsum(0)
+        owner = torch.searchsorted(ends, places.contiguous(), right=True)  # (B, H, p)
+        mine = owner == ranks.rank
+        first = int(ends[ranks.rank]) - lengths[ranks.rank]
+        b, h, p = mine.nonzero(as_tuple=True)
+        index = (b, h, places[b, h, p] - first)
+        width = tensor.shape[-1]
+        counts = torch.bincount(owner.flatten(), minlength=ranks.size).tolist()
+        arrived = ranks.gather(tensor[index], [count * width for count in counts])
+        found = tensor.new_empty((*places.shape, width))
+        for rank, rows in enumerate(arrived):
+            found[owner == rank] = rows.view(-1, width)
+        ctx.ranks, ctx.shape = ranks, tensor.shape
+        ctx.save_for_backward(owner, *index)
+        return found
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        owner, *index = ctx.saved_tensors
+        ranks: Ranks = ctx.ranks
+        blocks = [[grad[owner == rank]] for rank in range(ranks.size)]
+        own = blocks[ranks.rank][0]
+        arrived = ranks.all_to_all(blocks, [own.numel()] * ranks.size, grad)
+        total = torch.stack(arrived).sum(0).view(own.shape)
+        found = grad.new_zeros(ctx.shape)
+        found.index_put_(tuple(index), total, accumulate=True)
+        return None, None, found, None
+
+
 def exchange(
     ranks: Ranks,
     blocks: Sequence[Sequence[Tensor]],
@@ -165,7 +220,3 @@ def _by_rank(tensors: Sequence[Tensor], lengths: list[int]) -> list[list[Tensor]
 def _joined(arrived: list[list[Tensor]]) -> list[Tensor]:
     """Return tensors over all tokens, from the ranks' parts of each."""
     return [torch.cat(parts, dim=2) for parts in zip(*arrived, strict=True)]
-
-
-def _count(part: slice) -> int:
-    return int(part.stop - part.start)

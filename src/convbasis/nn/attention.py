@@ -171,7 +171,9 @@ class ConvBasisAttention(nn.Module):
             DistributedError: with a mesh, ranks that do not fit together, or one that is missing.
         """
         if self.mesh is not None:
-            mixed = self._attend_over_ranks(hidden_states, key_padding_mask, document_lengths, cache)
+            from .over_ranks import attend_over_ranks
+
+            mixed = attend_over_ranks(self, hidden_states, key_padding_mask, document_lengths, cache)
             return self._output(mixed, hidden_states)
         self._check(hidden_states)
         first = 0 if cache is None else cache.length
@@ -221,46 +223,6 @@ class ConvBasisAttention(nn.Module):
                     self.head_dim**-0.5,
                 )
         return self._output(mixed, hidden_states)
-
-    def _attend_over_ranks(
-        self,
-        hidden_states: Tensor,
-        key_padding_mask: Tensor | None,
-        document_lengths: Sequence[int] | None,
-        cache: ConvBasisCache | None,
-    ) -> Tensor:
-        """Return the heads' outputs for this rank's tokens, ``(B, H, m, head_dim)``."""
-        from .. import distributed
-        from ..distributed.handshake import refusals_told
-
-        with refusals_told(self.mesh, self.timeout):
-            self._check(hidden_states)
-            if cache is not None:
-                raise InputError("cache was given, but a layer with a mesh takes whole sequences alone")
-        own = hidden_states.shape[1]
-        lengths = distributed.token_lengths(own, self.mesh, timeout=self.timeout)
-        n, first = sum(lengths), sum(lengths[: self.mesh.get_local_rank()])
-        with refusals_told(self.mesh, self.timeout):
-            query, key, value = self._projected(hidden_states, first)
-            key_bias = self._key_bias(hidden_states)
-            lag_bias = None if self.lag_bias is None else self.lag_bias(n)
-            segments = self._segments(n, document_lengths)
-        return distributed.conv_basis_attention(
-            query,
-            key,
-            value,
-            mesh=self.mesh,
-            enable_gqa=True,
-            key_padding_mask=key_padding_mask,
-            key_bias=key_bias,
-            lag_bias=lag_bias,
-            document_lengths=document_lengths,
-            gradient=self.gradient,
-            backend=self.backend,
-            max_bytes=self.max_bytes,
-            timeout=self.timeout,
-            **segments,
-        )
 
     def _output(self, mixed: Tensor, hidden_states: Tensor) -> Tensor:
         """Return what the layer makes of the heads' outputs ``(B, H, n, head_dim)``."""
