@@ -89,38 +89,56 @@ def hang():
         signal.pause()
 
 
-def missing(rank, ranks, way):
-    """Rank 2 of some dies, hangs or fails, before the call, in it or in the backward pass."""
-    attend(rank, ranks)
-    if rank == 2 and way == "dies before":
+def stop_within(way):
+    """Let this rank die or fail in the middle of attention."""
+    from convbasis.distributed import attention, by_tokens
+
+    def stop(*_, **__):
+        if way.startswith("fails"):
+            raise RuntimeError("no memory is left")
         os.kill(os.getpid(), signal.SIGKILL)
-    if rank == 2 and way == "hangs before":
-        hang()
-    if rank == 2 and way in ("dies within", "fails within"):
-        from convbasis.distributed import attention
 
-        def stop(*_, **__):
-            if way == "fails within":
-                raise RuntimeError("no memory is left")
-            os.kill(os.getpid(), signal.SIGKILL)
+    attention.attention_of_one = by_tokens.heavy_columns = stop
 
-        attention.attention_of_one = stop
-    if way == "hangs in backward":
-        query, key, value = (x.requires_grad_() for x in inputs(1, 3, 3, 32, 8, 8))
-        output = attend(rank, ranks, tensors=[query, key, value])
-        if rank == 2:
-            hang()
+
+def missing(rank, ranks, way):
+    """One rank of some dies, hangs or fails, before the call, in it or in the backward pass."""
+    odd = rank == (0 if way == "its store stops" else 2)
+    attend(rank, ranks)
+    tensors = [own(x, split(500, ranks), rank) for x in inputs(1, 2, 2, 500, 8, 8)]
+
+    def call():
+        if "hybrid" in way:
+            return distributed.hybrid_attention(
+                *tensors, mesh=mesh_of(ranks), window=8, timeout=TIMEOUT
+            )
+        if "layer" in way:
+            layer = cb.nn.ConvBasisAttention(16, 2, mesh=mesh_of(ranks), timeout=TIMEOUT)
+            return layer(torch.ones(1, 9, 16))
+        return attend(rank, ranks, **({"tensors": tensors} if "backward" in way else {}))
+
+    if odd and "before" in way:
+        hang() if way.startswith("hangs") else os.kill(os.getpid(), signal.SIGKILL)
+    if odd and way == "its store stops":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if "backward" in way:
+        for x in tensors:
+            x.requires_grad_()
+        output = call()
+        if odd:
+            hang() if way.startswith("hangs") else os.kill(os.getpid(), signal.SIGKILL)
         return told(lambda: output.sum().backward())
-    if way == "fails within" and rank == 2:
+    if odd:
+        stop_within(way)
         try:
-            attend(rank, ranks)
+            call()
         except RuntimeError as error:
             # It does not wait for ranks that will not come.
             again = told(lambda: attend(rank, ranks))
             assert "has failed before" in again[1]
             assert again[2] < 1
             return type(error).__name__, str(error), 0.0
-    first = told(lambda: attend(rank, ranks))
+    first = told(call)
     again = told(lambda: attend(rank, ranks))
     assert "has failed before" in again[1]
     return first
