@@ -1,5 +1,6 @@
 """Checks that run in the ranks of one launch: layers, DTensors, FSDP2, tensor parallelism, plans."""
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -342,6 +343,40 @@ def filled(model):
     return cache
 
 
+def listening():
+    """Return the sockets of this process that wait for connections."""
+    own = set()
+    for place in Path("/proc/self/fd").iterdir():
+        try:
+            own.add(str(place.readlink()))
+        except OSError:  # that of the listing itself
+            continue
+    lines = [
+        line.split()
+        for family in ("tcp", "tcp6")
+        for line in (Path("/proc/self/net") / family).read_text().splitlines()[1:]
+    ]
+    return {inode for *_, state, inode in ((x[3], x[9]) for x in lines) if state == "0A"} & {
+        name.removeprefix("socket:[").removesuffix("]") for name in own
+    }
+
+
+def sockets(rank, ranks):
+    """Nothing but torch's group listens."""
+    mesh = mesh_of(ranks)
+    torch.distributed.barrier()
+    before = listening()
+    tensors = [x.requires_grad_() for x in inputs(1, 2, 2, 30, 8, 8)]
+    distributed.conv_basis_attention(*tensors, mesh=mesh, segment_length=9).sum().backward()
+    distributed.hybrid_attention(*tensors, mesh=mesh, window=9).sum().backward()
+    distributed.share_plan(plan_for(build()), mesh)
+    assert listening() == before
+    if ranks > 1:
+        own = socket.create_server(("127.0.0.1", 0))
+        assert len(listening()) == len(before) + 1  # it would be seen
+        own.close()
+
+
 def page(rank, ranks):
     """The script of the page about several machines, with fewer tokens; the group is there already."""
     text = (Path(__file__).parents[2] / "docs" / "several-machines.md").read_text()
@@ -364,6 +399,7 @@ CHECKS = (
     pretrained,
     unequal_plans,
     what_the_whole_prompt_rules_out,
+    sockets,
     page,
 )
 

@@ -221,6 +221,10 @@ def hybrid(rank, ranks):
         (3, 3, 500, "even", {"window": 64, "columns": 4, "blocks": 1}),
         (1, 1, 450, "even", {"window": 64, "columns": 4, "far_field": "segments", "num_segments": 4}),
         (2, 1, 250, "even", {"window": 32, "columns": 4, "layout": "columns"}),
+        (2, 2, 300, "uneven", {"window": 32, "columns": 4, "far_field": "conv", "num_segments": 3}),
+        (2, 1, 300, "even", {"window": 32, "columns": 4, "correction": True, "blocks": 1}),
+        (2, 2, 300, "even", {"window": 32, "columns": 4, "strict": True}),
+        (1, 1, 300, "even", {"window": 32, "far_field": "segments", "key_weights": True}),
     ]
     for heads, kv_heads, n, kind, options in cases:
         lengths = split(n, ranks, kind)
@@ -243,11 +247,29 @@ def hybrid_with_padding(rank, ranks):
     q, k, v = inputs(2, 2, 2, 300, 8, 8)
     real = torch.ones(2, 300, dtype=torch.bool)
     real[0, :60] = real[1, 250:] = False
-    want = cb.hybrid_attention(q, k, v, window=40, key_padding_mask=real)
     mask = own(real, lengths, rank, 1)
-    mine = (own(x, lengths, rank) for x in (q, k, v))
-    found = distributed.hybrid_attention(*mine, mesh=mesh, window=40, key_padding_mask=mask)
-    assert_close(own(want, lengths, rank), found, whole=1e-5, row=1e-5)
+    compare(
+        rank,
+        lengths,
+        lambda *x: cb.hybrid_attention(*x, window=40, key_padding_mask=real),
+        lambda *x: distributed.hybrid_attention(*x, mesh=mesh, window=40, key_padding_mask=mask),
+        [q, k, v],
+        (2, 2, 2),
+    )
+
+
+def hybrid_of_half_types(rank, ranks):
+    """Output and gradients are those of one process but for the last digit of bfloat16."""
+    mesh, lengths = mesh_of(ranks), split(400, ranks)
+    compare(
+        rank,
+        lengths,
+        lambda *x: cb.hybrid_attention(*x, window=40, columns=4, enable_gqa=True),
+        lambda *x: distributed.hybrid_attention(*x, mesh=mesh, window=40, columns=4, enable_gqa=True),
+        inputs(1, 4, 2, 400, 8, 8, torch.bfloat16),
+        (2, 2, 2),
+        limit=2**-7,
+    )
 
 
 CHECKS = (
@@ -259,6 +281,7 @@ CHECKS = (
     second_backward,
     hybrid,
     hybrid_with_padding,
+    hybrid_of_half_types,
 )
 
 
