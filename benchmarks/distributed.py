@@ -1,6 +1,6 @@
 """Attention over several processes: correctness, bytes against the model, overhead, memory.
 
-    python benchmarks/distributed.py                    # 1, 2 and 4 gloo processes on this machine
+    python benchmarks/distributed.py                    # 1 to 4 gloo processes on this machine
     python benchmarks/distributed.py --quick            # small sizes, half a minute
     python benchmarks/distributed.py predict            # the cost model's tables; nothing is run
     torchrun --nproc-per-node 8 benchmarks/distributed.py --backend nccl
@@ -14,6 +14,7 @@ the cores of one machine. Writes benchmarks/results/distributed.json.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import multiprocessing
 import os
@@ -32,26 +33,33 @@ from torch.distributed.device_mesh import init_device_mesh
 import convbasis as cb
 from convbasis import distributed
 from convbasis.distributed.cost import Machine, attention_load, hybrid_load, ring_load
-from convbasis.distributed.ranks import TRAFFIC
+from convbasis.distributed.ranks import state_of
 
 ROOT = Path(__file__).parent.parent
-RANKS = (1, 2, 4)
+RANKS = (1, 2, 3, 4)
 # heads, key-value heads, segments, what travels; hybrid attention where segments are 0.
 CASES = {
     "heads, k = 16": (8, 8, 16, "queries"),
     "heads, k = 16, logits": (8, 8, 16, "logits"),
     "heads, GQA, k = 128": (8, 2, 128, "queries"),
     "columns, k = 16": (1, 1, 16, "logits"),
+    "columns, k = 16, queries": (1, 1, 16, "queries"),
     "hybrid, window 256": (8, 2, 0, ""),
 }
-D, WINDOW, COLUMNS = 64, 256, 64
+# heads of four ranks: a head for each, or columns of one.
+MEMORY = {"heads": 4, "columns": 1}
+D, WINDOW, COLUMNS, SEGMENTS = 64, 256, 64, 16
+# Peak memory beside the inputs, of what the model holds; backward holds the inner graph and gradients.
+MOST = {"forward": 2.5, "backward": 5.0}
+BLOCKS = 64 << 20  # bytes
+_WORDS = ("case", "ranks", "n", "finite")
 _SENT = 200  # place of tcpi_bytes_sent in the kernel's struct tcp_info; what was sent again follows
 
 
 def sent_bytes(backend: str) -> int:
     """Return the bytes that this process has sent."""
     if backend != "gloo":
-        return TRAFFIC.sent
+        return state_of(dist.group.WORLD).sent
     total = 0
     for place in list(Path("/proc/self/fd").iterdir()):
         try:
@@ -183,32 +191,49 @@ def resident(field: str) -> int:
     raise RuntimeError(f"no {field} in /proc/self/status")
 
 
-@torch.no_grad()
-def memory(n: int, device: torch.device) -> dict[str, float]:
-    """Return the added peak memory of a forward pass; a rank makes its own tokens alone."""
-    ranks, heads, segments = dist.get_world_size(), 4, 16
+def begin_memory(device: torch.device) -> int:
+    """Let the peak start again from what is in use, and return that."""
+    if device.type == "cpu":
+        ctypes.CDLL(None).malloc_trim(0)  # else what was freed is still resident, and used again
+        Path("/proc/self/clear_refs").write_text("5")
+        return resident("VmRSS")
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
+
+
+def peak_memory(device: torch.device) -> int:
+    return resident("VmHWM") if device.type == "cpu" else torch.cuda.max_memory_allocated()
+
+
+def memory(case: str, n: int, device: torch.device) -> dict[str, object]:
+    """Return the added peak memory of forward and backward; a rank makes its own tokens alone."""
+    ranks, heads = dist.get_world_size(), MEMORY[case]
     mesh = init_device_mesh(device.type, (ranks,))
     generator = torch.Generator().manual_seed(dist.get_rank())
     mine = [torch.randn(1, heads, n // ranks, D, generator=generator).to(device) for _ in range(3)]
-    if device.type == "cpu":
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident
-        before = resident("VmRSS")
-    else:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    output = distributed.conv_basis_attention(*mine, mesh=mesh, segment_length=n // segments)
-    if device.type == "cpu":
-        added = resident("VmHWM") - before
-    else:
-        added = torch.cuda.max_memory_allocated() - before
-    tokens = 4 * n * heads * D / ranks  # bytes of a tensor of this rank's tokens
+    before = begin_memory(device)
+    with torch.no_grad():
+        output = distributed.conv_basis_attention(*mine, mesh=mesh, segment_length=n // SEGMENTS)
+    forward = peak_memory(device) - before
+    finite = bool(output.isfinite().all())
+    del output
+    for x in mine:
+        x.requires_grad_()
+    before = begin_memory(device)
+    output = distributed.conv_basis_attention(*mine, mesh=mesh, segment_length=n // SEGMENTS)
+    output.sum().backward()
+    backward = peak_memory(device) - before
+    load = attention_load(n, ranks, heads=heads, head_dim=D, segments=SEGMENTS)
     return {
+        "case": case,
         "ranks": ranks,
         "n": n,
-        "added_bytes": largest(added, device),
-        "tensor_bytes": tokens,
-        "kernel_bytes": 4 * segments * n,
-        "finite": bool(output.isfinite().all()),
+        "forward": largest(forward, device),
+        "backward": largest(backward, device),
+        "tensor_bytes": 4 * n * heads * D / ranks,  # of a tensor of this rank's tokens
+        "kernel_bytes": 4 * SEGMENTS * n,
+        "predicted": 4 * load.numbers,
+        "finite": finite and all(bool(x.grad.isfinite().all()) for x in mine),
     }
 
 
@@ -224,8 +249,11 @@ def of_rank(options: argparse.Namespace) -> dict[str, object]:
         tell(f"{case}, {dist.get_world_size()} ranks: done")
     found: dict[str, object] = {"cases": rows}
     if dist.get_world_size() == max(RANKS) or options.backend == "nccl":
-        found["memory"] = memory(long, device)
-        tell(f"memory at {long:,} tokens: done")
+        found["memory"] = []
+        for case in MEMORY:
+            for tokens in (long // 2, long):
+                found["memory"].append(memory(case, tokens, device))
+                tell(f"memory of {case} at {tokens:,} tokens: done")
     return found
 
 
@@ -299,13 +327,15 @@ def show(found: list[dict[str, object]]) -> None:
                 f"| {row['time_of_all_ranks'] / row['time_of_one_process']:.2f} |"
             )
     for part in found:
-        if "memory" in part:
-            row = part["memory"]
+        for row in part.get("memory", []):
+            megabytes = {name: f"{row[name] / 1e6:.0f} MB" for name in row if name not in _WORDS}
+            shares = [f"{row[way] / row['predicted']:.2f}" for way in ("forward", "backward")]
             print(
-                f"\nmemory of a rank at n = {row['n']:,}, {row['ranks']} ranks, four heads, k = 16: "
-                f"{row['added_bytes'] / 1e6:.0f} MB beside its inputs, which is "
-                f"{row['added_bytes'] / row['tensor_bytes']:.1f} times what its queries take "
-                f"(n d / ranks of each head); k n numbers are {row['kernel_bytes'] / 1e6:.0f} MB"
+                f"\nmemory of a rank at n = {row['n']:,}, {row['ranks']} ranks, {row['case']}, "
+                f"k = {SEGMENTS}: {megabytes['forward']} forward, {megabytes['backward']} with "
+                f"backward, beside its inputs; that is {' and '.join(shares)} of the "
+                f"{megabytes['predicted']} of the model; its queries take {megabytes['tensor_bytes']} (n d / ranks of each head), "
+                f"k n numbers {megabytes['kernel_bytes']}"
             )
 
 
@@ -316,9 +346,25 @@ def check(found: list[dict[str, object]]) -> None:
             assert row["output_error"] < 1e-5, (case, row)
             # Rows with small gradients differ as much as one process does from float64.
             assert row["gradient_error"] < max(1e-5, 3 * row["gradient_rounding"]), (case, row)
-            if CASES[case][2] and row["predicted_forward"]:
+            if row["predicted_forward"]:
                 for way in ("forward", "backward"):
                     assert abs(row[f"sent_{way}"] / row[f"predicted_{way}"] - 1) < 0.1, (case, row)
+        rows = part.get("memory", [])
+        for row in rows:
+            assert row["finite"], row
+            for way, most in MOST.items():
+                # Beside what grows with n, transforms work in blocks of some size.
+                assert row[way] < most * row["predicted"] + BLOCKS, row
+        for half, whole in zip(rows[::2], rows[1::2], strict=True):
+            for way in MOST:
+                assert whole[way] < 2.2 * half[way] + BLOCKS, (half, whole)
+    errors = {part["cases"][case]["ranks"]: part["cases"] for part in found for case in CASES}
+    if {2, 4} <= errors.keys():
+        for case in CASES:
+            two, four = errors[2][case], errors[4][case]
+            for name in ("output_error", "gradient_error"):
+                least = max(two[name], two["gradient_rounding"] if name == "gradient_error" else 1e-6)
+                assert four[name] <= 2 * least, (case, two, four)
 
 
 # Assumptions of the tables, for one GPU of a large cluster: operations a second in matrix products of

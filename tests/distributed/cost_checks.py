@@ -5,7 +5,7 @@ from sharded_checks import inputs, mesh_of, own, split
 
 from convbasis import distributed
 from convbasis.distributed.cost import attention_load, hybrid_load
-from convbasis.distributed.ranks import TRAFFIC
+from convbasis.distributed.ranks import state_of
 
 N, D = 1200, 16
 
@@ -39,11 +39,12 @@ def measured(rank, lengths, mesh, heads, call, options, load):
     # The first tokens are heavy: the rank that has them sends all columns.
     tensors[1][:, :, :16] *= 8
     mine = [own(x, lengths, rank).requires_grad_() for x in tensors]
-    counted = [TRAFFIC.sent]
+    group = state_of(mesh.get_group())
+    counted = [group.sent]
     output = call(*mine, mesh=mesh, **options)
-    counted.append(TRAFFIC.sent)
+    counted.append(group.sent)
     output.sum().backward()
-    counted.append(TRAFFIC.sent)
+    counted.append(group.sent)
     most = torch.tensor(counted).diff()
     torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
     return [load.sent_forward, load.sent_backward, *most.tolist()]

@@ -1,5 +1,6 @@
 """Checks that run in the ranks of one launch: layers, DTensors, FSDP2, tensor parallelism, plans."""
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,8 @@ def tensor_parallel(rank, ranks):
             distributed.parallelize_heads(layer(), mesh_of(ranks))
         with pytest.raises(cb.InputError, match="a ConvBasisAttention is wanted"):
             distributed.parallelize_heads(nn.Linear(2, 2), mesh_of(ranks))
+        with pytest.raises(cb.InputError, match="which every rank would draw for itself"):
+            distributed.parallelize_heads(layer(dropout=0.1), mesh_of(ranks))
         return
     shape = (max(1, ranks // 2), min(ranks, 2))
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("tokens", "heads"))
@@ -111,6 +114,24 @@ def tensor_parallel(rank, ranks):
         torch.distributed.all_reduce(gradient, group=mesh["tokens"].get_group())
         found[name] = gradient
     same_gradients(expected, found)
+    frozen = layer(lag_bias=True).requires_grad_(False)
+    frozen = distributed.parallelize_heads(frozen, mesh["heads"])
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+    decoded(mesh["heads"])
+
+
+def decoded(mesh):
+    """A layer whose heads are spread decodes as the whole one does, with and without biases by lag."""
+    hidden = torch.randn(1, 12, 24, generator=torch.Generator().manual_seed(4))
+    for by_lag in (True, False):
+        torch.manual_seed(3)
+        sizes = {"num_kv_heads": 2, "segment_length": 7, "lag_bias": by_lag}
+        made = cb.nn.ConvBasisAttention(24, 4, **sizes).requires_grad_(False)
+        want = made(hidden)
+        distributed.parallelize_heads(made, mesh)
+        cache = cb.nn.ConvBasisCache()
+        found = [made(part, cache=cache) for part in hidden.split([5, 1, 6], dim=1)]
+        assert_close(want, torch.cat(found, dim=1), whole=1e-5, row=2e-5)
 
 
 def dtensors(rank, ranks):
@@ -139,6 +160,17 @@ def dtensors(rank, ranks):
         spread = [distribute_tensor(x, both, [Shard(1), Shard(2)]) for x in tensors]
         found = distributed.conv_basis_attention(*spread, segment_length=9, enable_gqa=True)
         want = cb.conv_basis_attention(*tensors, segment_length=9, enable_gqa=True)
+        assert_close(want, found.full_tensor(), **NEAR)
+        tensors = inputs(1, 4, 1, 50, 8, 8)
+        spread = [distribute_tensor(x, both, [Shard(1), Shard(2)]) for x in tensors]
+        with pytest.raises(cb.InputError, match="key has 1 heads, spread over 2 ranks by Shard"):
+            distributed.conv_basis_attention(*spread, segment_length=9, enable_gqa=True)
+        both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("batch", "tokens"))
+        tensors = inputs(3, 2, 2, 51, 8, 8)
+        spread = [distribute_tensor(x, both, [Shard(0), Shard(2)]) for x in tensors]
+        found = distributed.conv_basis_attention(*spread, segment_length=9)
+        want = cb.conv_basis_attention(*tensors, segment_length=9)
+        assert found.shape == want.shape
         assert_close(want, found.full_tensor(), **NEAR)
 
 
@@ -221,6 +253,86 @@ def pretrained(rank, ranks):
         model(input_ids=ids[:, :2], past_key_values=filled(model), position_ids=places[:, :2])
 
 
+def chunked_model(chunk):
+    """A model whose first layer attends within chunks of the prompt."""
+    from transformers import AutoModelForCausalLM, Llama4TextConfig
+
+    config = Llama4TextConfig(
+        vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
+        num_key_value_heads=2, intermediate_size=32, intermediate_size_mlp=32, num_local_experts=2,
+        layer_types=["chunked_attention", "full_attention"], no_rope_layers=[1, 1],
+        attention_chunk_size=chunk, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+
+
+def spread_prompt(rank, ranks, model, n, mask=None):
+    """Return what a model says of this rank's tokens of a prompt."""
+    lengths = split(n, ranks)
+    first = sum(lengths[:rank])
+    places = torch.arange(first, first + lengths[rank])[None]
+    arguments = {} if mask is None else {"attention_mask": own(mask, lengths, rank, 1)}
+    with torch.no_grad():
+        return model(
+            input_ids=own(tiny_models.ids(n), lengths, rank, 1), position_ids=places, use_cache=False,
+            **arguments,
+        ).logits  # fmt: skip
+
+
+def unequal_plans(rank, ranks):
+    """Whatever differs in how ranks would follow a plan is named."""
+    if ranks == 1:
+        return
+    mesh, odd = mesh_of(ranks), rank == ranks - 1
+    model = build()
+    plan = plan_for(model, exact_heads=(1,) if odd else ())
+    for changes, training, words in (
+        ({"plan": plan}, False, "plan differs"),
+        ({"min_length": 17 if odd else 16}, False, "min_length differs"),
+        ({"dynamic": odd}, False, "dynamic differs"),
+        ({"training": odd}, False, "training differs"),
+        ({}, odd, "training mode differs"),
+    ):
+        cb.apply_plan(model, **{"plan": plan_for(model), "mesh": mesh, "timeout": 60, **changes})
+        model.train(training)
+        with pytest.raises(distributed.DistributedError, match=words):
+            spread_prompt(rank, ranks, model, 40)
+
+
+def what_the_whole_prompt_rules_out(rank, ranks):
+    """Each rank's tokens alone would allow it."""
+    if ranks == 1:
+        return
+    mesh, n = mesh_of(ranks), 131
+    chunk = n - 1  # longer than the tokens of any rank
+    chunked = chunked_model(chunk)
+    cb.apply_plan(chunked, plan_for(chunked), mesh=mesh)
+    with pytest.raises(cb.InputError, match=f"longer than its local attention of {chunk} tokens"):
+        spread_prompt(rank, ranks, chunked, n)
+    mask = torch.ones(1, n, dtype=torch.int64)
+    first = split(n, ranks)[0]
+    mask[:, first - 3 : first] = 0  # at the end of rank 0's tokens
+    mistral = build("mistral", sliding_window=100)
+    cb.apply_plan(mistral, plan_for(mistral), mesh=mesh)
+    with pytest.raises(cb.InputError, match="padding between tokens of a sliding window"):
+        spread_prompt(rank, ranks, mistral, n, mask)
+    for kind, more in (
+        ("dynamic", {}),
+        (
+            "longrope",
+            {
+                "short_factor": [1.0] * 4,
+                "long_factor": [2.0] * 4,
+                "original_max_position_embeddings": 64,
+            },
+        ),
+    ):
+        rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0, **more}
+        model = build("llama", rope_parameters=rope)
+        with pytest.raises(cb.InputError, match=f"of the type '{kind}', which depend on the length"):
+            cb.apply_plan(model, plan_for(model), mesh=mesh)
+
+
 def filled(model):
     from transformers import DynamicCache
 
@@ -229,6 +341,40 @@ def filled(model):
     for layer in range(config.num_hidden_layers):
         cache.update(*torch.zeros(2, 2, config.num_key_value_heads, 3, size), layer)
     return cache
+
+
+def listening():
+    """Return the sockets of this process that wait for connections."""
+    own = set()
+    for place in Path("/proc/self/fd").iterdir():
+        try:
+            own.add(str(place.readlink()))
+        except OSError:  # that of the listing itself
+            continue
+    lines = [
+        line.split()
+        for family in ("tcp", "tcp6")
+        for line in (Path("/proc/self/net") / family).read_text().splitlines()[1:]
+    ]
+    return {inode for *_, state, inode in ((x[3], x[9]) for x in lines) if state == "0A"} & {
+        name.removeprefix("socket:[").removesuffix("]") for name in own
+    }
+
+
+def sockets(rank, ranks):
+    """Nothing but torch's group listens."""
+    mesh = mesh_of(ranks)
+    torch.distributed.barrier()
+    before = listening()
+    tensors = [x.requires_grad_() for x in inputs(1, 2, 2, 30, 8, 8)]
+    distributed.conv_basis_attention(*tensors, mesh=mesh, segment_length=9).sum().backward()
+    distributed.hybrid_attention(*tensors, mesh=mesh, window=9).sum().backward()
+    distributed.share_plan(plan_for(build()), mesh)
+    assert listening() == before
+    if ranks > 1:
+        own = socket.create_server(("127.0.0.1", 0))
+        assert len(listening()) == len(before) + 1  # it would be seen
+        own.close()
 
 
 def page(rank, ranks):
@@ -243,7 +389,19 @@ def page(rank, ranks):
     assert names["out"].shape == (1, 8, 1000, 64)
 
 
-CHECKS = (layers, fsdp, tensor_parallel, dtensors, plans, meshes, pretrained, page)
+CHECKS = (
+    layers,
+    fsdp,
+    tensor_parallel,
+    dtensors,
+    plans,
+    meshes,
+    pretrained,
+    unequal_plans,
+    what_the_whole_prompt_rules_out,
+    sockets,
+    page,
+)
 
 
 def everything(rank, ranks):

@@ -7,6 +7,7 @@ comes back as JSON.
 import json
 import multiprocessing
 import os
+import socket
 import sys
 import tempfile
 import time
@@ -33,34 +34,29 @@ def _serve():
             os.environ["PYTHONPATH"] = before
 
 
-def launch(ranks, function, *arguments, wait=120, killed=()):
+def launch(ranks, function, *arguments, wait=120, killed=(), tcp=False):
     """Run function(rank, *arguments) in so many processes of one group; return what each returned.
 
-    Ranks that are killed on purpose return nothing.
+    Ranks that are killed on purpose return nothing. Their store is a file, or one that rank 0 holds.
     """
     _serve()
     with tempfile.TemporaryDirectory() as folder:
+        store = f"tcp://127.0.0.1:{_free_port()}" if tcp else f"file://{folder}/store"
         started = [
-            _CONTEXT.Process(target=_run, args=(rank, ranks, folder, function, arguments))
+            _CONTEXT.Process(target=_run, args=(rank, ranks, folder, store, function, arguments))
             for rank in range(ranks)
         ]
-        for process in started:
-            process.start()
-        waiting = {process.sentinel: rank for rank, process in enumerate(started)}
-        end = time.monotonic() + wait
-        while set(waiting.values()) - set(killed) and time.monotonic() < end:
-            for sentinel in connection.wait(list(waiting), end - time.monotonic()):
-                rank = waiting.pop(sentinel)
-                started[rank].join()
-                if started[rank].exitcode and rank not in killed:
-                    end = min(end, time.monotonic() + 2)  # the others wait for it in vain
-        for place in Path(folder).glob("*.json"):
-            told = json.loads(place.read_text())
-            assert "error" not in told, told["error"]
-        late = [rank for rank in waiting.values() if rank not in killed]
-        for process in started:
-            process.kill()
-            process.join()
+        try:
+            waiting = _wait(started, killed, wait)
+            for place in Path(folder).glob("*.json"):
+                told = json.loads(place.read_text())
+                assert "error" not in told, told["error"]
+        finally:
+            for process in started:
+                if process.pid is not None:
+                    process.kill()
+                    process.join()
+        late = [rank for rank in waiting if rank not in killed]
         assert not late, f"ranks {late} still ran after {wait} s"
         found = []
         for rank in range(ranks):
@@ -74,14 +70,35 @@ def launch(ranks, function, *arguments, wait=120, killed=()):
         return found
 
 
-def _run(rank, ranks, folder, function, arguments):
+def _wait(started, killed, wait):
+    """Start processes, wait until those that are not killed have ended, and return who still runs."""
+    for process in started:
+        process.start()
+    waiting = {process.sentinel: rank for rank, process in enumerate(started)}
+    end = time.monotonic() + wait
+    while set(waiting.values()) - set(killed) and time.monotonic() < end:
+        for sentinel in connection.wait(list(waiting), end - time.monotonic()):
+            rank = waiting.pop(sentinel)
+            started[rank].join()
+            if started[rank].exitcode and rank not in killed:
+                end = min(end, time.monotonic() + 2)  # the others wait for it in vain
+    return list(waiting.values())
+
+
+def _free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def _run(rank, ranks, folder, store, function, arguments):
     torch.set_num_threads(1)
     os.environ["CONVBASIS_RATES"] = str(Path(tempfile.gettempdir()) / "convbasis-no-rates.json")
     place = Path(folder) / f"{rank}.json"
     try:
         torch.distributed.init_process_group(
             "gloo",
-            init_method=f"file://{folder}/store",
+            init_method=store,
             rank=rank,
             world_size=ranks,
             timeout=timedelta(seconds=60),

@@ -1,5 +1,6 @@
 """Checks that run in the ranks of one launch: sharded attention against that of one process."""
 
+import pytest
 import torch
 from comparison import assert_close
 from torch.distributed.device_mesh import init_device_mesh
@@ -75,6 +76,13 @@ def compare(rank, lengths, single, sharded, tensors, dims, everywhere=(), limit=
         assert_close(whole[index].grad, total, whole=limit, row=10 * limit)
 
 
+def starts_of_heads(batch, heads, n):
+    """Return starts of each head, ``(B, H, 3)``; one has fewer than others."""
+    second = torch.arange(batch * heads).view(batch, heads) + 10
+    third = (2 * second + 30).index_fill(1, torch.tensor([0]), n)
+    return torch.stack([torch.zeros_like(second), second, third], dim=-1)
+
+
 def conv_basis(rank, ranks):
     mesh = mesh_of(ranks)
     cases = [
@@ -88,6 +96,8 @@ def conv_basis(rank, ranks):
         (1, 6, 3, 97, 8, 8, "uneven", {"starts": [0, 20, 77], "layout": "columns"}),
         (1, 3, 3, 64, 8, 5, "even", {"segment_length": 11, "backend": "partitioned"}),
         (1, 1, 1, 90, 8, 4, "even", {"segment_length": 40, "layout": "heads"}),  # ranks without work
+        (2, 4, 2, 90, 8, 4, "even", {"starts": starts_of_heads(2, 4, 90)}),
+        (2, 2, 1, 90, 8, 4, "even", {"starts": starts_of_heads(2, 2, 90), "layout": "columns"}),
     ]
     for batch, heads, kv_heads, n, d, d_v, kind, options in cases:
         tensors = inputs(batch, heads, kv_heads, n, d, d_v)
@@ -148,16 +158,55 @@ def documents(rank, ranks):
     )
 
 
+def sharded_and_whole(rank, ranks, tensors, more=(), exchange="auto", **options):
+    """Return this rank's part of one process's output, and what this rank computes."""
+    mesh, lengths = mesh_of(ranks), split(tensors[0].shape[2], ranks)
+    options = {"segment_length": 20, "enable_gqa": True, **options}
+    by_key = dict(more)
+    want = cb.conv_basis_attention(*tensors, **by_key, **options)
+    mine = (own(x, lengths, rank) for x in tensors)
+    by_key = {name: own(x, lengths, rank) for name, x in by_key.items()}
+    found = distributed.conv_basis_attention(*mine, mesh=mesh, exchange=exchange, **by_key, **options)
+    return own(want, lengths, rank), found
+
+
 def half_types(rank, ranks):
-    mesh = mesh_of(ranks)
-    lengths = split(100, ranks)
     tensors = inputs(1, 4, 2, 100, 8, 8, torch.bfloat16)
-    want = cb.conv_basis_attention(*tensors, segment_length=20, enable_gqa=True)
-    found = distributed.conv_basis_attention(
-        *(own(x, lengths, rank) for x in tensors), mesh=mesh, segment_length=20, enable_gqa=True
-    )
+    want, found = sharded_and_whole(rank, ranks, tensors)
     assert found.dtype == torch.bfloat16
-    assert torch.equal(found, own(want, lengths, rank))
+    assert torch.equal(found, want)
+    # Logits travel in float32: as bfloat16 they would be rounded once more than in one process.
+    large = [8 * tensors[0], *tensors[1:]]
+    want, found = sharded_and_whole(rank, ranks, large, exchange="logits")
+    assert found.dtype == torch.bfloat16
+    assert float((found.float() - want.float()).abs().max()) < 2**-7 * float(want.float().abs().max())
+    assert float((found != want).float().mean()) < 0.02
+
+
+def mixed_types(rank, ranks):
+    """Biases of another dtype than the query's; queries and keys of two under autocast."""
+    by_key = torch.randn(1, 4, 100, dtype=torch.float64)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        tensors = inputs(1, 4, 2, 100, 8, 8, dtype)
+        for bias in (by_key, by_key.float(), by_key.bfloat16()):
+            want, found = sharded_and_whole(rank, ranks, tensors, {"key_bias": bias})
+            assert found.dtype == want.dtype == dtype
+            limit = {torch.float32: 1e-6, torch.float64: 1e-6, torch.bfloat16: 2**-7}[dtype]
+            assert_close(want.float(), found.float(), whole=limit, row=limit)
+    query, key, value = inputs(1, 4, 2, 100, 8, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        want, found = sharded_and_whole(rank, ranks, [query, key.bfloat16(), value])
+    assert found.dtype == want.dtype == torch.bfloat16
+    assert torch.equal(found, want)
+
+
+def second_backward(rank, ranks):
+    mesh, lengths = mesh_of(ranks), split(40, ranks)
+    mine = [own(x, lengths, rank).requires_grad_() for x in inputs(1, 2, 2, 40, 4, 4)]
+    output = distributed.conv_basis_attention(*mine, mesh=mesh, segment_length=9)
+    output.sum().backward(retain_graph=True)
+    with pytest.raises(cb.ConvBasisError, match="a second backward pass over the same output"):
+        output.sum().backward()
 
 
 def hybrid(rank, ranks):
@@ -165,12 +214,17 @@ def hybrid(rank, ranks):
     cases = [
         # heads, kv_heads, n, split, options
         (4, 2, 401, "even", {"window": 32, "columns": 8}),
+        (2, 2, 350, "even", {"window": 20, "columns": 6, "seed": 3}),
         (2, 1, 301, "uneven", {"window": 170, "columns": 5, "sinks": 2}),  # halos of several ranks
         (1, 1, 260, "empty", {"window": 40, "columns": 0}),
         (2, 2, 100, "even", {"window": 200}),
         (3, 3, 500, "even", {"window": 64, "columns": 4, "blocks": 1}),
         (1, 1, 450, "even", {"window": 64, "columns": 4, "far_field": "segments", "num_segments": 4}),
         (2, 1, 250, "even", {"window": 32, "columns": 4, "layout": "columns"}),
+        (2, 2, 300, "uneven", {"window": 32, "columns": 4, "far_field": "conv", "num_segments": 3}),
+        (2, 1, 300, "even", {"window": 32, "columns": 4, "correction": True, "blocks": 1}),
+        (2, 2, 300, "even", {"window": 32, "columns": 4, "strict": True}),
+        (1, 1, 300, "even", {"window": 32, "far_field": "segments", "key_weights": True}),
     ]
     for heads, kv_heads, n, kind, options in cases:
         lengths = split(n, ranks, kind)
@@ -193,14 +247,42 @@ def hybrid_with_padding(rank, ranks):
     q, k, v = inputs(2, 2, 2, 300, 8, 8)
     real = torch.ones(2, 300, dtype=torch.bool)
     real[0, :60] = real[1, 250:] = False
-    want = cb.hybrid_attention(q, k, v, window=40, key_padding_mask=real)
     mask = own(real, lengths, rank, 1)
-    mine = (own(x, lengths, rank) for x in (q, k, v))
-    found = distributed.hybrid_attention(*mine, mesh=mesh, window=40, key_padding_mask=mask)
-    assert_close(own(want, lengths, rank), found, whole=1e-5, row=1e-5)
+    compare(
+        rank,
+        lengths,
+        lambda *x: cb.hybrid_attention(*x, window=40, key_padding_mask=real),
+        lambda *x: distributed.hybrid_attention(*x, mesh=mesh, window=40, key_padding_mask=mask),
+        [q, k, v],
+        (2, 2, 2),
+    )
 
 
-CHECKS = (conv_basis, biases_and_padding, documents, half_types, hybrid, hybrid_with_padding)
+def hybrid_of_half_types(rank, ranks):
+    """Output and gradients are those of one process but for the last digit of bfloat16."""
+    mesh, lengths = mesh_of(ranks), split(400, ranks)
+    compare(
+        rank,
+        lengths,
+        lambda *x: cb.hybrid_attention(*x, window=40, columns=4, enable_gqa=True),
+        lambda *x: distributed.hybrid_attention(*x, mesh=mesh, window=40, columns=4, enable_gqa=True),
+        inputs(1, 4, 2, 400, 8, 8, torch.bfloat16),
+        (2, 2, 2),
+        limit=2**-7,
+    )
+
+
+CHECKS = (
+    conv_basis,
+    biases_and_padding,
+    documents,
+    half_types,
+    mixed_types,
+    second_backward,
+    hybrid,
+    hybrid_with_padding,
+    hybrid_of_half_types,
+)
 
 
 def everything(rank, ranks):

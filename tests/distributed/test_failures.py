@@ -23,16 +23,38 @@ def test_what_differs_is_named_in_every_rank():
         assert kind == ("InputError" if rank == 1 else "DistributedError")
         assert "key holds 1 NaN or Inf" in message
         assert rank == 1 or message.startswith("rank 1 cannot go on: key holds")
+        for name, words in {
+            "bias of another shape": "key_bias has shape",
+            "no bias by key": "key_bias is 1.0; a torch.Tensor is wanted",
+            "no bias by lag": "lag_bias is a list; a torch.Tensor is wanted",
+            "timeout": "timeout=0 leaves no time",
+            "placed": "query is a DTensor but key is none",
+            "layer": "hidden_states has shape (1, 4, 13)",
+            "documents": "document_lengths add up to 15 tokens, but the sequence has 12",
+        }.items():
+            kind, message, seconds = found[name]
+            assert kind == ("InputError" if rank == 1 else "DistributedError"), (name, message)
+            assert words in message
+            assert rank == 1 or message.startswith("rank 1 cannot go on: ")
+            assert seconds < failing_checks.TIMEOUT / 2
         assert found["after"][0] == "no error"
 
 
+MISSING, FAILED = "rank 2 took no part", "rank 2 failed: RuntimeError: no memory is left"
 WAYS = {
-    "dies before": "rank 2 took no part",
-    "hangs before": "rank 2 took no part",
-    "dies within": "rank 2 took no part",
-    "fails within": "rank 2 failed: RuntimeError: no memory is left",
-    "hangs in backward": "rank 2 took no part",
+    "dies before": MISSING,
+    "hangs before": MISSING,
+    "dies within": MISSING,
+    "fails within": FAILED,
+    "dies within hybrid": MISSING,
+    "fails within hybrid": FAILED,
+    "dies within a layer": MISSING,
+    "dies in backward": MISSING,
+    "hangs in backward": MISSING,
+    "dies before, with a TCP store": MISSING,
+    "its store stops": "the store that would tell which rank is missing does not answer",
 }
+TCP = ("dies before, with a TCP store", "its store stops")
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +62,8 @@ def broken():
     """What the ranks of each way said; they wait at the same time."""
 
     def of(way):
-        killed = () if way == "fails within" else (2,)
-        return launch(3, failing_checks.missing, 3, way, killed=killed)
+        killed = () if way.startswith("fails") else (0 if way == "its store stops" else 2,)
+        return launch(3, failing_checks.missing, 3, way, killed=killed, tcp=way in TCP)
 
     with ThreadPoolExecutor(len(WAYS)) as pool:
         return dict(zip(WAYS, pool.map(of, WAYS), strict=True))
@@ -49,7 +71,13 @@ def broken():
 
 @pytest.mark.parametrize(("way", "words"), WAYS.items())
 def test_a_missing_rank_is_named(way, words, broken):
-    for kind, message, seconds in broken[way][:2]:
+    found = [told for told in broken[way] if told is not None and told[0] != "RuntimeError"]
+    assert len(found) == 2
+    for kind, message, seconds in found:
         assert kind == "DistributedError"
         assert words in message
         assert seconds < failing_checks.TIMEOUT + 2
+
+
+def test_a_group_of_the_same_name_begins_anew(tmp_path):
+    assert launch(1, failing_checks.begun_again, 1, str(tmp_path)) == ["no error"]

@@ -1,6 +1,7 @@
 """A group of one process, in the process of the tests; and what is said of groups that failed."""
 
 import json
+import threading
 
 import cost_checks
 import model_checks
@@ -9,6 +10,7 @@ import sharded_checks
 import torch
 import torch.distributed as dist
 
+from convbasis import distributed
 from convbasis.distributed import failure, handshake
 
 
@@ -30,6 +32,22 @@ def test_one_rank_is_one_process(check, group):
 
 def test_one_rank_sends_nothing(group):
     assert all(row[2:] == [0, 0] for row in cost_checks.sent(0, 1))
+
+
+# Torch's compiler looks at a gradient that is none, and hides its own warning in vain.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_compiled_layer_attends_as_it_is(group):
+    mesh = sharded_checks.mesh_of(1)
+    layer = model_checks.layer(mesh=mesh)
+    hidden = torch.randn(1, 30, 24)
+    compiled = torch.compile(layer, backend="eager")
+    assert torch.equal(compiled(hidden), layer(hidden))
+    tensors = sharded_checks.inputs(1, 2, 2, 30, 8, 8)
+
+    def near(query, key, value):
+        return 2 * distributed.hybrid_attention(query, key, value, mesh=mesh, window=4) + query
+
+    assert torch.equal(torch.compile(near, backend="eager")(*tensors), near(*tensors))
 
 
 class Group:
@@ -81,6 +99,25 @@ def test_a_store_that_does_not_answer_is_told(monkeypatch):
     told = str(failure.post_mortem(Group(Gone()), 0.05, ""))
     assert "a collective failed (no message)" in told
     assert "does not answer (Broken pipe)" in told
+
+
+class Stopped:
+    """Of a process that lives but does nothing: torch then waits without end."""
+
+    def wait(self, *_):
+        threading.Event().wait()
+
+    check = set = delete_key = wait
+
+
+def test_a_store_that_hangs_is_told(monkeypatch):
+    monkeypatch.setattr(failure, "_SLACK", 0.05)
+    told = str(failure.post_mortem(Group(Stopped()), 0.05, ""))
+    assert "does not answer (no answer in 0.1 s)" in told
+    with pytest.raises(distributed.DistributedError, match="no answer in"):
+        failure.forget_note(Group(Stopped()), 0.05)
+    with pytest.raises(RuntimeError, match="no answer"):
+        failure.leave_note(Group(Stopped()), "lost", 0.05)
 
 
 def test_own_notes_are_forgotten():

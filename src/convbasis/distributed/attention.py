@@ -9,22 +9,28 @@ import torch
 from torch import Tensor
 
 from ..attention import conv_basis_attention as attention_of_one
-from ..attention.documents import check_documents
+from ..attention.documents import check_documents, document_starts
 from ..attention.functional import autocast_dtype, expanded_bias
 from ..attention.segments import check_segments
-from ..checks import check_gradient, check_positive_int, check_scale, describe
+from ..checks import (
+    check_float_tensor,
+    check_gradient,
+    check_positive_int,
+    check_scale,
+    compute_dtype,
+    describe,
+)
 from ..dispatch import check_backend
 from ..errors import InputError
-from .call import Tokens, begin, told
-from .first_keys import first_real_keys, gather_tokens, segment_logits_of, unit_keys
-from .ranks import ranks_of
+from .call import Tokens, begin, opened, told
+from .first_keys import first_real_keys, segment_logits_of, unit_keys
 from .shares import Piece, Sizes, check_layout, for_heads, shares, whole_heads
-from .tensors import unwrap
-from .transport import Part, Roads, spread
+from .transport import Part, Roads, gather_tokens, spread
 
 _HALF = (torch.bfloat16, torch.float16)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def conv_basis_attention(
     query: Tensor,
     key: Tensor,
@@ -119,9 +125,11 @@ def conv_basis_attention(
     Example:
         With two processes, ``torchrun --nproc-per-node 2``: see docs/several-machines.md.
     """
-    kind, parts = unwrap(mesh, query=query, key=key, value=value)
-    ranks = ranks_of(kind.mesh, timeout)
+    kind, parts, ranks = opened(mesh, timeout, query=query, key=key, value=value)
     result = autocast_dtype(parts[0])
+    if result is not None and len({x.dtype for x in parts if isinstance(x, Tensor)}) > 1:
+        # As with one process; alike ones travel as they are, and are computed in float32 anyway.
+        parts = [x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in parts]
     same = {
         "num_bases": num_bases,
         "starts": starts,
@@ -132,8 +140,6 @@ def conv_basis_attention(
         "search": search,
         "scale": scale,
         "is_causal": is_causal,
-        "key_bias": None if key_bias is None else [str(key_bias.dtype), key_bias.requires_grad],
-        "lag_bias": None if lag_bias is None else [list(lag_bias.shape), lag_bias.requires_grad],
         "document_lengths": document_lengths,
         "gradient": gradient,
         "backend": backend,
@@ -141,7 +147,22 @@ def conv_basis_attention(
         "layout": layout,
         "exchange": exchange,
     }
-    described = {name: told(value) for name, value in same.items()}
+
+    def described() -> dict[str, Any]:
+        found = {name: told(value) for name, value in same.items()}
+        by_key = expanded_bias("key_bias", key_bias, parts[0])
+        found["key_bias"] = None if by_key is None else [str(by_key.dtype), by_key.requires_grad]
+        if lag_bias is not None:  # its shape needs the number of all tokens
+            check_float_tensor("lag_bias", lag_bias)
+            if lag_bias.device != parts[0].device:
+                raise InputError(f"lag_bias is on {lag_bias.device} but query is on {parts[0].device}")
+            found["lag_bias"] = [
+                list(lag_bias.shape),
+                str(lag_bias.dtype),
+                lag_bias.requires_grad,
+            ]
+        return found
+
     tokens = begin(ranks, parts[0], parts[1], parts[2], key_padding_mask, enable_gqa, described)
     options = {
         "num_bases": num_bases,
@@ -172,7 +193,7 @@ def conv_basis_attention(
             exchange=exchange,
         )
     output = output.to(parts[0].dtype if result is None else result)
-    return kind.wrap(output, query.shape[1])
+    return kind.wrap(output)
 
 
 def _attend(
@@ -210,6 +231,8 @@ def _attend(
     key_bias = expanded_bias("key_bias", key_bias, query)
     tensors = [query, key, value]
     if key_bias is not None:
+        if key_bias.dtype != query.dtype:
+            key_bias = key_bias.to(compute_dtype(query.dtype))
         tensors.append(key_bias[..., None])
     if any(tensor.dtype != query.dtype for tensor in tensors):
         tensors = [tensor.float() if tensor.dtype in _HALF else tensor for tensor in tensors]
@@ -217,6 +240,10 @@ def _attend(
     given = None
     if document_lengths is not None:
         document_lengths = check_documents(document_lengths, n)
+        if segments["starts"] is None:
+            check_segments(batch, heads, n, query.device, **segments, warn=False)
+        else:
+            document_starts(segments["starts"], document_lengths, query.device)
     else:
         given = check_segments(batch, heads, n, query.device, **segments, warn=False).starts
     real = tokens.gather_mask(mask)
@@ -229,6 +256,9 @@ def _attend(
         by_segment &= spread_out and few and query.dtype not in _HALF
     if by_segment:
         assert given is not None
+        # Logits of a half type would be rounded as those of one process are not.
+        tensors = [tensor.to(compute_dtype(tensor.dtype)) for tensor in tensors]
+        query, key, value = tensors[:3]
         if mask is not None:
             query, key = (x.masked_fill(~mask[:, None, :, None], 0.0) for x in (query, key))
         places = first_real_keys(given, real, batch, n)
@@ -244,13 +274,16 @@ def _attend(
         heads,
         value.shape[-1],
     )
-    own = pieces[tokens.ranks.rank]
+    own_pieces = pieces[tokens.ranks.rank]
 
     def local(arrived: list[Tensor], everywhere: list[Tensor]) -> list[Tensor]:
         parts = iter(arrived)
         outputs = []
-        for piece in own:
+        for piece in own_pieces:
             q = next(parts)
+            own = dict(segments)
+            if given is not None and given.ndim == 3:
+                own["starts"] = given[:, piece.heads]
             v, sharing = next(parts) if by_segment else None, heads // key.shape[1]
             if by_segment:
                 assert given is not None
@@ -264,7 +297,7 @@ def _attend(
                     q,
                     k,
                     v,
-                    **segments,
+                    **own,
                     scale=1.0 if by_segment else scale,
                     enable_gqa=True,
                     key_padding_mask=real,

@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from ..checks import compute_dtype
-from ..hybrid.piece import merge, piece_attention
+from ..hybrid.columns import chosen_attention
+from ..hybrid.piece import merge
 from ..hybrid.settings import Settings
 from ..hybrid.window import Window, window_attention
 from .call import Tokens
-from .first_keys import gather_tokens
 from .halo import with_halo
 from .heavy import heavy_columns
+from .transport import gather_tokens
 
 
 def why_not_by_tokens(settings: Settings, mask: Tensor | None) -> str | None:
@@ -67,25 +68,8 @@ def attend_by_tokens(
             output, lse = window_attention(group, known[..., :d], known[..., d:], window, offset, scale)
             if columns is not None and distant is not None:
                 own_columns = columns[b].unflatten(0, (key.shape[1], -1))[h]
-                far = _columns(group, distant[b, h], own_columns, window.first(rows), scale)
+                keys, values = distant[b, h][..., :d], distant[b, h][..., d:]
+                far = chosen_attention(group, keys, values, own_columns, window.first(rows), scale)
                 output, lse = merge(output, lse, *far)
             outputs.append(output)
     return torch.cat(outputs).view(*query.shape[:3], -1).to(query.dtype)
-
-
-def _columns(
-    query: Tensor, distant: Tensor, columns: Tensor, first: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Return attention of queries ``(R, m, d)`` to columns before their windows, and its lse."""
-    d = query.shape[-1]
-    outside = columns[:, None] >= first[:, None]
-    bias = query.new_zeros(outside.shape).masked_fill_(outside, -torch.inf)
-    output, lse = piece_attention(
-        query[:, None],
-        distant[:, None, :, :d],
-        distant[:, None, :, d:],
-        scale,
-        bias[:, None],
-        visible=(columns.amin(-1, keepdim=True) < first)[:, None],
-    )
-    return output[:, 0], lse[:, 0]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..checks import check_finite, check_mask, check_qkv, describe
-from .handshake import agree, fingerprint
-from .ranks import Ranks
+from .handshake import agree, fingerprint, refusals_told
+from .ranks import Ranks, ranks_of
+from .tensors import Kind, known_mesh, unwrap
 
 
 def told(value: object) -> Any:
@@ -20,6 +21,19 @@ def told(value: object) -> Any:
     if isinstance(value, list | tuple):
         return [told(entry) for entry in value]
     return value if isinstance(value, int | float | str | None) else describe(value)
+
+
+def opened(mesh: Any, timeout: Any, **tensors: Any) -> tuple[Kind, list[Any], Ranks]:
+    """Return how tensors are spread, this rank's parts, and the processes, who are told of errors.
+
+    Args:
+        mesh: that of the tokens; None for that of DTensors.
+        timeout: seconds.
+        tensors: by name.
+    """
+    with refusals_told(known_mesh(mesh, tensors)):
+        kind, parts = unwrap(mesh, **tensors)
+        return kind, parts, ranks_of(kind.mesh, timeout)
 
 
 class Tokens(NamedTuple):
@@ -55,7 +69,7 @@ def begin(
     value: Tensor,
     mask: Tensor | None,
     enable_gqa: bool,
-    same: Mapping[str, Any],
+    same: Callable[[], Mapping[str, Any]],
 ) -> Tokens:
     """Check this rank's tensors, and that those of all ranks and their arguments fit together.
 
@@ -66,7 +80,8 @@ def begin(
         value: ``(B, H_kv, m, d_v)``.
         mask: ``(B, m)`` or None.
         enable_gqa: whether H may be a multiple of H_kv.
-        same: arguments, as what JSON can hold.
+        same: checks what else this rank was given, and returns what must be the same in all ranks, as
+            what JSON can hold.
 
     Raises:
         InputError: this rank's tensors cannot be used.
@@ -94,7 +109,7 @@ def begin(
             "key_padding_mask": mask is not None,
             "requires_grad of query, key, value": graded,
         }
-        return {**shapes, **same}, query.shape[2], True
+        return {**shapes, **same()}, query.shape[2], True
 
     device = query.device if isinstance(query, Tensor) else torch.device("cpu")
     lengths, _ = agree(ranks, device, check)

@@ -12,7 +12,7 @@ import torch
 from ..convolve.choice import Work, candidates, partitioned_amounts
 from ..hybrid.window import QUERIES, Window
 from .halo import halo_begin
-from .shares import Piece, Sizes, shares, whole_heads
+from .shares import Piece, Sizes, length_of, shares, whole_heads
 
 _TRANSFORM = 2.5  # operations of a real transform, for each entry and binary digit of its length
 _COMPLEX = 8.0  # of a complex multiplication and addition
@@ -100,15 +100,15 @@ def attention_load(
         """Return the numbers of each token that a rank needs."""
         found = 0
         for piece in own:
-            kept = _count(piece.kv_heads)
-            logits = segments * _count(piece.heads) if by_segment else 0
-            keys = 0 if by_segment else head_dim * (_count(piece.heads) + kept)
-            found += logits + keys + kept * _count(piece.columns)
+            kept = length_of(piece.kv_heads)
+            logits = segments * length_of(piece.heads) if by_segment else 0
+            keys = 0 if by_segment else head_dim * (length_of(piece.heads) + kept)
+            found += logits + keys + kept * length_of(piece.columns)
         return found
 
     def made(own: list[Piece]) -> int:
         """Return the numbers of each token that a rank computes."""
-        return sum(_count(piece.heads) * _count(piece.columns) for piece in own)
+        return sum(length_of(piece.heads) * length_of(piece.columns) for piece in own)
 
     needs, makes = [wanted(own) for own in pieces], [made(own) for own in pieces]
     first = kv_heads * head_dim * -(-segments // ranks) * (ranks - 1) if by_segment else 0
@@ -204,14 +204,10 @@ def ring_load(
 def _operations(n: int, piece: Piece, inner: int, segments: int) -> float:
     """Return those of one piece: of the partition that takes the fewest."""
     longest = -(-n // segments)
-    columns = _count(piece.columns) + 1
-    work = Work(n, segments, columns, inner, longest, _count(piece.heads), torch.float32)
+    columns = length_of(piece.columns) + 1
+    work = Work(n, segments, columns, inner, longest, length_of(piece.heads), torch.float32)
     found = []
     for sizes in candidates(work):
         amounts = partitioned_amounts(work, sizes)
         found.append(amounts.flops + _TRANSFORM * amounts.transformed + _COMPLEX * amounts.summed)
     return min(found)
-
-
-def _count(part: slice) -> int:
-    return int(part.stop - part.start)

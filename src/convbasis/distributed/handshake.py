@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..errors import ConvBasisError, DistributedError
-from .ranks import Ranks
+from .ranks import Ranks, ranks_of
 
 _T = TypeVar("_T")
 _FIELDS = 4  # digest, bytes of text, whether this rank refused, a number of its own
@@ -33,18 +35,19 @@ def agree(
             other ranks.
 
     Raises:
-        ConvBasisError: of check.
+        Exception: of check.
         DistributedError: another rank's check failed, or it was given something else; both are named.
     """
-    refused: ConvBasisError | None = None
+    refused: Exception | None = None
     made: _T | None = None
     number = 0
     try:
         same, number, made = check()
         text = json.dumps(same)
-    except ConvBasisError as error:
+    except Exception as error:  # raised below, when the other ranks know
         refused = error
-        text = json.dumps({"error": str(error)})
+        kind = "" if isinstance(error, ConvBasisError) else f"{type(error).__name__}: "
+        text = json.dumps({"error": f"{kind}{error}"})
     own = text.encode()
     digest = int.from_bytes(hashlib.sha256(own).digest()[:7], "big")
     row = torch.tensor([digest, len(own), refused is not None, number], device=device)
@@ -58,6 +61,31 @@ def agree(
         raise DistributedError(_difference(told, [bool(got[2]) for got in rows]))
     assert made is not None
     return [got[3] for got in rows], made
+
+
+@contextmanager
+def refusals_told(mesh: Any, timeout: float = 300.0) -> Iterator[None]:
+    """Let an error within fail the handshake that the other ranks have come to, or come to next.
+
+    For what a rank finds out alone before its own handshake; nothing within may be a collective. Where
+    there is no such mesh, nobody can be told.
+    """
+    try:
+        yield
+    except Exception as error:
+        with suppress(Exception):
+            agree(ranks_of(mesh, timeout), torch.device(mesh.device_type), partial(_refuse, error))
+        raise
+
+
+def _refuse(error: Exception) -> tuple[dict[str, Any], int, bool]:
+    raise error
+
+
+def ranks_for(mesh: Any, timeout: Any) -> Ranks:
+    """Return the processes of a mesh, see `ranks_of`; a wrong timeout is told to all of them."""
+    with refusals_told(mesh):
+        return ranks_of(mesh, timeout)
 
 
 def fingerprint(tensor: Tensor | None) -> str | None:

@@ -21,7 +21,8 @@ def parallelize_heads(layer: nn.Module, mesh: Any) -> nn.Module:
         mesh: DeviceMesh of one dimension, whose size divides the numbers of heads.
 
     Raises:
-        InputError: (a ValueError) it does not, or this is another layer.
+        InputError: (a ValueError) it does not, this is another layer, or it has dropout, which every
+            rank would draw for itself.
     """
     from torch.distributed.tensor import Shard, distribute_tensor
     from torch.distributed.tensor.parallel import (
@@ -33,6 +34,12 @@ def parallelize_heads(layer: nn.Module, mesh: Any) -> nn.Module:
     heads, kv_heads = getattr(layer, "num_heads", None), getattr(layer, "num_kv_heads", None)
     if not isinstance(heads, int) or not isinstance(kv_heads, int):
         raise InputError(f"layer is {describe(layer)}; a ConvBasisAttention is wanted")
+    dropout = getattr(getattr(layer, "dropout", None), "p", 0.0)
+    if dropout:
+        raise InputError(
+            f"the layer has dropout={dropout:g}, which every rank would draw for itself; use 0 in the "
+            "layer, and drop out what follows it"
+        )
     size = mesh.size()
     if heads % size or kv_heads % size:
         raise InputError(
@@ -46,5 +53,6 @@ def parallelize_heads(layer: nn.Module, mesh: Any) -> nn.Module:
     parallelize_module(layer, mesh, styles)
     bias = getattr(layer, "lag_bias", None)
     if bias is not None:
-        bias.table = nn.Parameter(distribute_tensor(bias.table.detach(), mesh, [Shard(0)]))
+        spread = distribute_tensor(bias.table.detach(), mesh, [Shard(0)])
+        bias.table = nn.Parameter(spread, requires_grad=bias.table.requires_grad)
     return layer

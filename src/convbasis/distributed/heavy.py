@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from ..hybrid.sampling import spread_rows
-from ..hybrid.selection import heaviest
+from ..hybrid.selection import heaviest, with_first
 from ..hybrid.settings import Settings
 from ..hybrid.window import Window
 from .call import Tokens
-from .first_keys import gather_tokens
+from .transport import gather_tokens
 
 
 @torch.no_grad()
@@ -35,7 +35,7 @@ def heavy_columns(
     batch, heads = query.shape[:2]
     if not settings.columns:
         return heaviest(query.new_zeros((heads, 0)), n, settings.sinks, 0).expand(batch, -1, -1)
-    rows = spread_rows(window.begin, n, settings.samples, settings.seed, 0)
+    rows = spread_rows(window.begin, n, settings.samples, 0, settings.seed)
     rows = (rows if len(rows) else torch.tensor([n - 1])).to(query.device)
     sampled = gather_tokens(tokens.ranks, tokens.lengths, query, rows.expand(batch, -1))
     positions = tokens.first + torch.arange(key.shape[2], device=key.device)
@@ -58,9 +58,8 @@ def heavy_columns(
     pairs = [(x.view(-1, count), y.view(-1, count)) for x, y, count in gathered]
     mass, place = (torch.cat(column, dim=-1) for column in zip(*pairs, strict=True))
     heavy = mass.topk(min(settings.columns, n), dim=-1)
-    own_columns = place.gather(-1, heavy.indices).masked_fill(heavy.values <= 0, n)
-    first = torch.arange(min(settings.sinks, n), device=query.device).expand(len(mass), -1)
-    return torch.cat([first, own_columns], dim=-1).sort(-1).values.view(batch, heads, -1)
+    columns = with_first(heavy.values, place.gather(-1, heavy.indices), n, settings.sinks)
+    return columns.view(batch, heads, -1)
 
 
 def _logits(sampled: Tensor, key: Tensor, later: Tensor, scale: float):  # type: ignore[no-untyped-def]

@@ -13,12 +13,11 @@ from ..hybrid import hybrid_attention as attention_of_one
 from ..hybrid.settings import Settings, check_settings
 from .by_heads import attend_by_heads
 from .by_tokens import attend_by_tokens, why_not_by_tokens
-from .call import begin, told
-from .ranks import ranks_of
+from .call import begin, opened, told
 from .shares import LAYOUTS, Piece
-from .tensors import unwrap
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def hybrid_attention(
     query: Tensor,
     key: Tensor,
@@ -60,7 +59,7 @@ def hybrid_attention(
         sinks: first tokens that every query sees.
         columns: heaviest single keys.
         blocks: blocks of 64 keys for each block of 128 queries.
-        far_field: ``"none"``, ``"segments"`` or ``"conv"``.
+        far_field: ``"none"``, ``"segments"``, ``"conv"`` or ``"lowrank"``.
         num_segments: at most that many segments.
         key_weights: weigh the keys of a segment.
         samples: rows of exact attention for columns and fits.
@@ -93,8 +92,7 @@ def hybrid_attention(
     Example:
         With two processes, ``torchrun --nproc-per-node 2``: see docs/several-machines.md.
     """
-    kind, (q, k, v) = unwrap(mesh, query=query, key=key, value=value)
-    ranks = ranks_of(kind.mesh, timeout)
+    kind, (q, k, v), ranks = opened(mesh, timeout, query=query, key=key, value=value)
     settings = Settings(
         window,
         sinks,
@@ -109,7 +107,10 @@ def hybrid_attention(
         correction,
     )
     same = {**settings._asdict(), "scale": scale, "is_causal": is_causal, "layout": layout}
-    described = {name: told(value) for name, value in same.items()}
+
+    def described() -> dict[str, Any]:
+        return {name: told(value) for name, value in same.items()}
+
     tokens = begin(ranks, q, k, v, key_padding_mask, enable_gqa, described)
     if is_causal is not True:
         raise InputError(f"is_causal={describe(is_causal)}: hybrid attention is causal")
@@ -124,8 +125,9 @@ def hybrid_attention(
         raise InputError(f"layout='tokens' with {reason}, which needs whole heads: use layout='auto'")
     with torch.autocast(q.device.type, enabled=False):
         if layout in ("auto", "tokens") and reason is None:
-            output = attend_by_tokens(tokens, q, k, v, settings, factor)
-            return kind.wrap(output, query.shape[1])
+            with ranks.noted():
+                output = attend_by_tokens(tokens, q, k, v, settings, factor)
+            return kind.wrap(output)
         real = tokens.gather_mask(key_padding_mask)
 
         def attend(_: Piece, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -140,4 +142,4 @@ def hybrid_attention(
             )
 
         output = attend_by_heads(tokens, q, k, v, layout, attend)
-    return kind.wrap(output, query.shape[1])
+    return kind.wrap(output)

@@ -10,8 +10,7 @@ from ..checks import check_nonnegative_int, describe
 from ..errors import InputError
 from ..plan import Plan
 from ..plan.file import dumps, loads
-from .handshake import agree
-from .ranks import ranks_of
+from .handshake import agree, ranks_for
 
 
 def share_plan(plan: Plan | None, mesh: Any, *, source: int = 0, timeout: float = 300.0) -> Plan:
@@ -33,7 +32,7 @@ def share_plan(plan: Plan | None, mesh: Any, *, source: int = 0, timeout: float 
     Example:
         With two processes: ``plan = share_plan(Plan.load(path) if rank == 0 else None, mesh)``.
     """
-    ranks = ranks_of(mesh, timeout)
+    ranks = ranks_for(mesh, timeout)
     device = torch.device(mesh.device_type)
 
     def check() -> tuple[dict[str, Any], int, bytes]:

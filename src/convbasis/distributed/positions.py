@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from ..checks import check_nonnegative_int
-from .handshake import agree
-from .ranks import ranks_of
+from .handshake import agree, ranks_for
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def token_lengths(tokens: int, mesh: Any, *, timeout: float = 300.0) -> list[int]:
     """Return how many tokens each rank has; all ranks of the mesh call it together.
 
@@ -25,7 +25,7 @@ def token_lengths(tokens: int, mesh: Any, *, timeout: float = 300.0) -> list[int
         InputError: (a ValueError) tokens is no number.
         DistributedError: a rank is missing.
     """
-    ranks = ranks_of(mesh, timeout)
+    ranks = ranks_for(mesh, timeout)
 
     def check() -> tuple[dict[str, Any], int, bool]:
         return {}, check_nonnegative_int("tokens", tokens), True

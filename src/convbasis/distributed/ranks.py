@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -13,29 +16,28 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..checks import check_nonnegative, describe
 from ..errors import DistributedError, InputError
-from .failure import forget_note, post_mortem
+from .failure import forget_note, leave_note, post_mortem
 
 # What part of the time limit a collective may take. The rest is for finding out whose fault it was.
 _SHARE = 0.5
 
 
-class Traffic:
-    """Bytes that this process has sent to other ranks, and calls that sent them; read by benchmarks."""
+@dataclass
+class GroupState:
+    """What this process knows of a process group, for as long as there is the group."""
 
-    def __init__(self) -> None:
-        """Begin at zero."""
-        self.sent = 0
-        self.collectives = 0
-
-    def count(self, sent: int) -> None:
-        """Count one collective."""
-        self.sent += sent
-        self.collectives += 1
+    broken: bool = False
+    """Its ranks are no longer in step."""
+    sent: int = 0
+    """Bytes that this process has handed over for other ranks; read by benchmarks and tests."""
 
 
-TRAFFIC = Traffic()
-_broken: set[str] = set()
-_known: set[str] = set()
+_states: weakref.WeakKeyDictionary[Any, GroupState] = weakref.WeakKeyDictionary()
+
+
+def state_of(group: Any) -> GroupState:
+    """Return what is known of a group: of this one, not of an earlier one that had its name."""
+    return _states.setdefault(group, GroupState())
 
 
 class Ranks(NamedTuple):
@@ -60,27 +62,44 @@ class Ranks(NamedTuple):
         Raises:
             DistributedError: a rank is missing; it is named.
         """
-        name = self.group.group_name
-        if name in _broken:
+        state = state_of(self.group)
+        if state.broken:
             raise DistributedError(
                 "a collective of this process group has failed before, so that its ranks are no longer "
                 "in step; end the processes, and start again from a checkpoint"
             )
-        sizes = [sum(x.numel() for x in own) for own in blocks]
-        given = torch.cat([like.new_empty(0), *(x.reshape(-1) for own in blocks for x in own)])
-        taken = like.new_empty(sum(counts))
-        options = dist.AllToAllOptions()
-        options.timeout = timedelta(seconds=self.timeout * _SHARE)
-        try:
-            self.group.alltoall_base(taken, given, list(counts), sizes, options).wait()
-        except RuntimeError as error:
-            _broken.add(name)
-            raise post_mortem(self.group, self.timeout * (1 - _SHARE), str(error)) from error
-        TRAFFIC.count((given.numel() - sizes[self.rank]) * given.element_size())
+        with self.noted():
+            sizes = [sum(x.numel() for x in own) for own in blocks]
+            given = torch.cat([like.new_empty(0), *(x.reshape(-1) for own in blocks for x in own)])
+            taken = like.new_empty(sum(counts))
+            options = dist.AllToAllOptions()
+            options.timeout = timedelta(seconds=self.timeout * _SHARE)
+            try:
+                self.group.alltoall_base(taken, given, list(counts), sizes, options).wait()
+            except RuntimeError as error:
+                state.broken = True
+                raise post_mortem(self.group, self.timeout * (1 - _SHARE), str(error)) from error
+        state.sent += (given.numel() - sizes[self.rank]) * given.element_size()
         return list(taken.split(list(counts)))
 
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Let an error within end the group, and leave a note for the other ranks, which wait here."""
+        try:
+            yield
+        except DistributedError:  # of a collective, which has told the others
+            raise
+        except BaseException as error:
+            state_of(self.group).broken = True
+            with suppress(RuntimeError):
+                leave_note(self.group, f"{type(error).__name__}: {error}")
+            raise
+
     def gather(self, block: Tensor, counts: Sequence[int]) -> list[Tensor]:
-        """Return the flat tensors of all ranks; see `all_to_all`."""
+        """Return the flat tensors of all ranks; see `all_to_all`.
+
+        The block is laid out once for each rank: about as much memory as what comes back.
+        """
         return self.all_to_all([[block]] * self.size, counts, block)
 
 
@@ -107,7 +126,7 @@ def ranks_of(mesh: object, timeout: object) -> Ranks:
     rank = dist.get_rank(group)
     if rank < 0:
         raise InputError("this process is no rank of the mesh")
-    if group.group_name not in _known:
-        _known.add(group.group_name)
-        forget_note(group)
+    if group not in _states:
+        forget_note(group, limit)
+        state_of(group)
     return Ranks(group, rank, dist.get_world_size(group), limit)

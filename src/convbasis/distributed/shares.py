@@ -30,6 +30,11 @@ class Sizes(NamedTuple):
     """Value columns of a head."""
 
 
+def length_of(part: slice) -> int:
+    """Return how many heads or columns a part has."""
+    return int(part.stop - part.start)
+
+
 def check_layout(layout: object) -> None:
     """Check the name of a layout."""
     if layout not in LAYOUTS:

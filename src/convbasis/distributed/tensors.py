@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -21,28 +22,23 @@ class Kind(NamedTuple):
     whole: Any
     """The mesh of DTensors; None for plain shards."""
     placements: tuple[Any, ...] = ()
-    tokens: int = 0
-    """Of the whole sequence, where DTensors tell it."""
+    shape: tuple[int, ...] = ()
+    """``(B, H, n)`` of whole DTensors."""
 
-    def wrap(self, output: Tensor, heads: int) -> Tensor:
+    def wrap(self, output: Tensor) -> Tensor:
         """Return an output of this rank as the inputs are."""
         if self.whole is None:
             return output
         from torch.distributed.tensor import DTensor
 
-        shape = [output.shape[0], output.shape[1], self.tokens, output.shape[3]]
-        for placement, size in zip(self.placements, self.whole.shape, strict=True):
-            if placement.is_shard(0):
-                shape[0] *= size
-        shape[1] = heads
-        strides = (shape[1] * shape[2] * shape[3], shape[2] * shape[3], shape[3], 1)
+        batch, heads, n, width = (*self.shape, output.shape[3])
         wrapped: Tensor = DTensor.from_local(
             output.contiguous(),
             self.whole,
             self.placements,
             run_check=False,
-            shape=torch.Size(shape),
-            stride=strides,
+            shape=torch.Size((batch, heads, n, width)),
+            stride=(heads * n * width, n * width, width, 1),
         )
         return wrapped
 
@@ -53,6 +49,18 @@ def is_dtensor(value: object) -> bool:
     return module is not None and isinstance(value, module.DTensor)
 
 
+def known_mesh(mesh: Any, tensors: Mapping[str, Any]) -> Any:
+    """Return the mesh of the tokens as far as it is known before tensors are looked at closely."""
+    for tensor in tensors.values():
+        if mesh is None and is_dtensor(tensor):
+            whole, over = tensor.device_mesh, [p.is_shard(_TOKENS) for p in tensor.placements]
+            if whole.ndim == 1:
+                return whole
+            if sum(over) == 1 and whole.mesh_dim_names is not None:
+                return whole[whole.mesh_dim_names[over.index(True)]]
+    return mesh
+
+
 def unwrap(mesh: object, **tensors: Any) -> tuple[Kind, list[Any]]:
     """Return how tensors are spread, and this rank's parts.
 
@@ -61,7 +69,8 @@ def unwrap(mesh: object, **tensors: Any) -> tuple[Kind, list[Any]]:
         tensors: by name; all DTensors with the same placements, or none.
 
     Raises:
-        InputError: they are mixed, placed otherwise, or not spread over their tokens.
+        InputError: they are mixed, placed otherwise, not spread over their tokens, or spread over heads
+            so that a rank's queries have other keys than the whole has.
     """
     given = {name: tensor for name, tensor in tensors.items() if is_dtensor(tensor)}
     if not given:
@@ -86,10 +95,18 @@ def unwrap(mesh: object, **tensors: Any) -> tuple[Kind, list[Any]]:
             f"{first} is placed as {placements}; Shard(2), over the tokens, is wanted in one dimension "
             "of the mesh, and Shard(0), Shard(1) or Replicate() in the others"
         )
+    for placement, size in zip(placements, whole.shape, strict=True):
+        for name, other in given.items():
+            if placement.is_shard(1) and other.shape[1] % size:
+                raise InputError(
+                    f"{name} has {other.shape[1]} heads, spread over {size} ranks by Shard(1); the "
+                    "ranks must divide all numbers of heads, or some have queries of other heads than "
+                    "keys: use a smaller mesh"
+                )
     own = whole
     if whole.ndim > 1:
         if whole.mesh_dim_names is None:
             raise InputError("the mesh of the DTensors has no names for its dimensions; give it some")
         own = whole[whole.mesh_dim_names[over_tokens[0]]]
     parts = [x.to_local() if name in given else x for name, x in tensors.items()]
-    return Kind(own, whole, placements, tensor.shape[_TOKENS]), parts
+    return Kind(own, whole, placements, tuple(tensor.shape[:3])), parts

@@ -1,7 +1,8 @@
-"""From token shards to shares of heads and columns, and back; the same roads for gradients."""
+"""From token shards to shares of heads and columns, and back; some tokens to all; so gradients, too."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -9,9 +10,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ConvBasisError
-from .failure import leave_note
 from .ranks import Ranks
-from .shares import Piece
+from .shares import Piece, length_of
 
 # One part of a tensor ``(B, heads, tokens, columns)``: its place among the tensors, heads and columns.
 Part = tuple[int, slice, slice]
@@ -38,18 +38,21 @@ class Roads(NamedTuple):
         batch = tensors[0].shape[0]
         blocks = [[tensors[i][:, h, :, c] for i, h, c in parts] for parts in self.wanted]
         own = self.wanted[self.ranks.rank]
-        shapes = [[(batch, _count(h), length, _count(c)) for _, h, c in own] for length in self.lengths]
+        shapes = [
+            [(batch, length_of(h), length, length_of(c)) for _, h, c in own] for length in self.lengths
+        ]
         return _joined(exchange(self.ranks, blocks, shapes, tensors[0]))
 
-    def from_shares(self, grads: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+    def from_shares(
+        self, grads: Sequence[Tensor], shapes: Sequence[torch.Size], like: Tensor
+    ) -> list[Tensor]:
         """Return the gradients of this rank's tokens, from those of the parts that it wanted."""
-        batch = tensors[0].shape[0]
-        length = self.lengths[self.ranks.rank]
-        shapes = [[(batch, _count(h), length, _count(c)) for _, h, c in w] for w in self.wanted]
-        arrived = exchange(self.ranks, _by_rank(grads, self.lengths), shapes, tensors[0])
-        sums = [torch.zeros_like(tensor) for tensor in tensors]
-        for parts, blocks in zip(self.wanted, arrived, strict=True):
-            for (i, h, c), block in zip(parts, blocks, strict=True):
+        batch, length = shapes[0][0], self.lengths[self.ranks.rank]
+        parts = [[(batch, length_of(h), length, length_of(c)) for _, h, c in w] for w in self.wanted]
+        arrived = exchange(self.ranks, _by_rank(grads, self.lengths), parts, like)
+        sums = [like.new_zeros(shape) for shape in shapes]
+        for wanted, blocks in zip(self.wanted, arrived, strict=True):
+            for (i, h, c), block in zip(wanted, blocks, strict=True):
                 sums[i][:, h, :, c] += block
         return sums
 
@@ -57,7 +60,7 @@ class Roads(NamedTuple):
         """Return the output of this rank's tokens, from the pieces that all ranks computed."""
         batch, length = like.shape[0], self.lengths[self.ranks.rank]
         shapes = [
-            [(batch, _count(p.heads), length, _count(p.columns)) for p in pieces]
+            [(batch, length_of(p.heads), length, length_of(p.columns)) for p in pieces]
             for pieces in self.pieces
         ]
         arrived = exchange(self.ranks, _by_rank(outputs, self.lengths), shapes, like)
@@ -73,7 +76,7 @@ class Roads(NamedTuple):
         blocks = [[grad[:, p.heads, :, p.columns] for p in pieces] for pieces in self.pieces]
         own = self.pieces[self.ranks.rank]
         shapes = [
-            [(batch, _count(p.heads), length, _count(p.columns)) for p in own]
+            [(batch, length_of(p.heads), length, length_of(p.columns)) for p in own]
             for length in self.lengths
         ]
         return _joined(exchange(self.ranks, blocks, shapes, grad))
@@ -106,51 +109,91 @@ class _Spread(torch.autograd.Function):
         tensors, everywhere = given[:count], [tensor.detach() for tensor in given[count:]]
         arrived = roads.to_shares(tensors)
         needed = any(ctx.needs_input_grad)
-        with noted(roads.ranks), torch.set_grad_enabled(needed):
+        with roads.ranks.noted(), torch.set_grad_enabled(needed):
             if needed:
                 for part in (*arrived, *everywhere):
                     part.requires_grad_()
             outputs = local(arrived, everywhere)
-        if needed:
-            ctx.graph = arrived, everywhere, outputs
-        ctx.roads = roads
-        ctx.save_for_backward(*tensors)
+        ctx.graph = (arrived, everywhere, outputs) if needed else None
+        ctx.roads, ctx.shapes = roads, [tensor.shape for tensor in tensors]
         return roads.to_tokens([output.detach() for output in outputs], tensors[0])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         roads: Roads = ctx.roads
+        if ctx.graph is None:
+            raise ConvBasisError(
+                "a second backward pass over the same output: what it needs is gone after the first; "
+                "compute the output again, or add up the losses before backward"
+            )
         arrived, everywhere, outputs = ctx.graph
-        del ctx.graph
+        ctx.graph = None
         incoming = roads.from_tokens(grad)
         sources = [*arrived, *everywhere]
         found: Sequence[Tensor | None] = [None] * len(sources)
-        with noted(roads.ranks):
+        with roads.ranks.noted():
             if outputs:
                 found = torch.autograd.grad(outputs, sources, incoming, allow_unused=True)
         whole = [
             torch.zeros_like(part) if own is None else own
             for part, own in zip(sources, found, strict=True)
         ]
-        own_tokens = roads.from_shares(whole[: len(arrived)], ctx.saved_tensors)
+        own_tokens = roads.from_shares(whole[: len(arrived)], ctx.shapes, grad)
         return None, None, None, *own_tokens, *whole[len(arrived) :]
 
 
-class noted:
-    """Leave a note for the other ranks, which wait for this one, when it fails by itself."""
+def gather_tokens(ranks: Ranks, lengths: Sequence[int], tensor: Tensor, positions: Tensor) -> Tensor:
+    """Return tokens of the whole sequence, the same in all ranks; gradients go back to their owners.
 
-    def __init__(self, ranks: Ranks) -> None:
-        """Keep whose ranks they are."""
-        self._ranks = ranks
+    Args:
+        ranks: the processes.
+        lengths: tokens of each rank.
+        tensor: ``(B, H, m, c)``, of this rank's tokens.
+        positions: ``(B, p)`` or ``(B, H, p)`` in the whole sequence, the same in all ranks.
 
-    def __enter__(self) -> None:
-        """Begin."""
+    Returns:
+        ``(B, H, p, c)``.
+    """
+    places = positions if positions.ndim == 3 else positions[:, None]
+    places = places.expand(*tensor.shape[:2], -1)
+    found: Tensor = _Gather.apply(ranks, list(lengths), tensor, places)
+    return found
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
-        """Leave the note."""
-        if error is not None and (isinstance(error, ConvBasisError | RuntimeError | MemoryError)):
-            leave_note(self._ranks.group, f"{type(error).__name__}: {error}")
+
+class _Gather(torch.autograd.Function):
+    """Every rank sends the tokens that it owns to all."""
+
+    @staticmethod
+    def forward(ctx: Any, ranks: Ranks, lengths: list[int], tensor: Tensor, places: Tensor) -> Tensor:
+        ends = torch.tensor(lengths, device=places.device).cumsum(0)
+        owner = torch.searchsorted(ends, places.contiguous(), right=True)  # (B, H, p)
+        mine = owner == ranks.rank
+        first = int(ends[ranks.rank]) - lengths[ranks.rank]
+        b, h, p = mine.nonzero(as_tuple=True)
+        index = (b, h, places[b, h, p] - first)
+        width = tensor.shape[-1]
+        counts = torch.bincount(owner.flatten(), minlength=ranks.size).tolist()
+        arrived = ranks.gather(tensor[index], [count * width for count in counts])
+        found = tensor.new_empty((*places.shape, width))
+        for rank, rows in enumerate(arrived):
+            found[owner == rank] = rows.view(-1, width)
+        ctx.ranks, ctx.shape = ranks, tensor.shape
+        ctx.save_for_backward(owner, *index)
+        return found
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        owner, *index = ctx.saved_tensors
+        ranks: Ranks = ctx.ranks
+        blocks = [[grad[owner == rank]] for rank in range(ranks.size)]
+        own = blocks[ranks.rank][0]
+        arrived = ranks.all_to_all(blocks, [own.numel()] * ranks.size, grad)
+        total = torch.stack(arrived).sum(0).view(own.shape)
+        found = grad.new_zeros(ctx.shape)
+        found.index_put_(tuple(index), total, accumulate=True)
+        return None, None, found, None
 
 
 def exchange(
@@ -160,7 +203,7 @@ def exchange(
     like: Tensor,
 ) -> list[list[Tensor]]:
     """Send some tensors to each rank, and return those of known shapes that came from each."""
-    sizes = [[_product(shape) for shape in own] for own in shapes]
+    sizes = [[math.prod(shape) for shape in own] for own in shapes]
     arrived = ranks.all_to_all(blocks, [sum(own) for own in sizes], like)
     return [
         [part.view(shape) for part, shape in zip(x.split(own), of, strict=True)] if own else []
@@ -177,14 +220,3 @@ def _by_rank(tensors: Sequence[Tensor], lengths: list[int]) -> list[list[Tensor]
 def _joined(arrived: list[list[Tensor]]) -> list[Tensor]:
     """Return tensors over all tokens, from the ranks' parts of each."""
     return [torch.cat(parts, dim=2) for parts in zip(*arrived, strict=True)]
-
-
-def _count(part: slice) -> int:
-    return int(part.stop - part.start)
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size

@@ -46,15 +46,29 @@ def column_attention(
     Returns:
         output ``(R, m, d_v)`` and lse ``(R, m)``, -inf where no column is seen.
     """
-    n = key.shape[1]
     rows = torch.arange(offset, offset + query.shape[1], device=query.device)
-    first = window.first(rows)
+    own = columns.clamp(max=key.shape[1] - 1)
+    return chosen_attention(query, key[0][own], value[0][own], columns, window.first(rows), scale)
+
+
+def chosen_attention(
+    query: Tensor, keys: Tensor, values: Tensor, columns: Tensor, first: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return attention over the keys of columns before the windows of queries, and its lse.
+
+    Args:
+        query: ``(R, m, d)``.
+        keys: ``(R, c, d)``, of the columns.
+        values: ``(R, c, d_v)``.
+        columns: positions ``(R, c)``; past the last token for none.
+        first: ``(m,)``, the first key in the window of each query.
+        scale: factor of the logits.
+    """
     outside = columns[:, None] >= first[:, None]
-    own = columns.clamp(max=n - 1)
     output, lse = piece_attention(
         query[:, None],
-        key[0][own][:, None],
-        value[0][own][:, None],
+        keys[:, None],
+        values[:, None],
         scale,
         _hidden(outside, query.dtype)[:, None],
         visible=(columns.amin(-1, keepdim=True) < first)[:, None],

@@ -27,13 +27,23 @@ def heaviest(mass: Tensor, n: int, sinks: int, count: int) -> Tensor:
         sinks: number of first tokens.
         count: number of columns.
     """
+    length = mass.shape[-1] if count else 0
+    mass = mass[:, :length].index_fill(-1, torch.arange(min(sinks, length), device=mass.device), 0.0)
+    taken = mass.topk(min(count, length), dim=-1)
+    return with_first(taken.values, taken.indices, n, sinks)
+
+
+def with_first(mass: Tensor, places: Tensor, n: int, sinks: int) -> Tensor:
+    """Return the first tokens and chosen keys, in order, n for those without weight, ``(R, c)``.
+
+    Args:
+        mass: ``(R, p)``, weights of the chosen keys.
+        places: ``(R, p)``, their positions.
+        n: number of keys.
+        sinks: number of first tokens.
+    """
     first = torch.arange(min(sinks, n), device=mass.device).expand(len(mass), -1)
-    if not count or not mass.shape[-1]:
-        return first
-    mass = mass.index_fill(-1, first[0, : mass.shape[-1]], 0.0)
-    taken = mass.topk(min(count, mass.shape[-1]), dim=-1)
-    heavy = taken.indices.masked_fill(taken.values <= 0, n)
-    return torch.cat([first, heavy], dim=-1).sort(-1).values
+    return torch.cat([first, places.masked_fill(mass <= 0, n)], dim=-1).sort(-1).values
 
 
 def seen_columns(columns: Tensor, n: int, length: int) -> Tensor:

@@ -10,6 +10,11 @@ from torch import Tensor
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 
+def stands_together(real: Tensor) -> bool:
+    """Whether the real tokens of each row of a bool ``(B, n)`` follow each other."""
+    return bool((real.diff(dim=1).sum(1) + real[:, 0] <= 2).all())
+
+
 class MaskSpec:
     """Which keys each query of one call may see: what transformers' mask functions are told.
 
@@ -54,7 +59,7 @@ class MaskSpec:
     def padding_is_outside(self) -> bool:
         """Whether each prompt's real tokens stand together."""
         padding = self._padding()
-        return padding is None or bool((padding.diff(dim=1).sum(1) + padding[:, 0] <= 2).all())
+        return padding is None or stands_together(padding)
 
     def hides_padding(self) -> bool:
         """Whether any key, of the cache or of this call, is padding."""

@@ -10,16 +10,17 @@ from torch import Tensor
 
 from ..distributed.by_heads import attend_by_heads
 from ..distributed.call import begin
+from ..distributed.handshake import ranks_for, refusals_told
 from ..distributed.hybrid import hybrid_attention
-from ..distributed.ranks import ranks_of
 from ..distributed.shares import Piece
 from ..errors import InputError
 from ..plan import HeadPlan
 from .exact import Mask
-from .masks import MaskSpec
+from .masks import MaskSpec, stands_together
 from .planned import AppliedPlan
 from .prefill import Prefill, planned_prefill
-from .reasons import why_exact
+from .reasons import why_exact, why_not_local
+from .same_in_ranks import of_plan
 
 
 def prefill_over_ranks(
@@ -52,29 +53,31 @@ def prefill_over_ranks(
         InputError: tokens in a cache, or attention that is more than causal.
         DistributedError: ranks that do not fit together, or one that is missing.
     """
-    if not isinstance(mask, MaskSpec) or not mask.begins or key.shape[2] != query.shape[2]:
-        raise InputError(
-            "a model whose tokens are spread over ranks attends to whole prompts alone: no cache "
-            "before them, no mask of one's own; decode with a model that has no mesh"
-        )
-    reason = why_exact(module, query, mask, options, len(heads))
-    if reason is not None:
-        raise InputError(f"tokens that are spread over ranks cannot be attended to with {reason}")
-    if torch.is_autocast_enabled(query.device.type):  # rotary positions leave float32
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
-    ranks = ranks_of(applied.mesh, applied.timeout)
-    scaling = options.get("scaling")
-    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    own = mask.padding(query.device)
-    real = query.new_ones((len(query), query.shape[2]), dtype=torch.bool) if own is None else own
-    same = {"scale": scale, "plan": applied.plan.texts_sha256, "layer": module.layer_idx}
+    with refusals_told(applied.mesh, applied.timeout):
+        mask = _plain_mask(module, query, key, mask, options, len(heads))
+        if torch.is_autocast_enabled(query.device.type):  # rotary positions leave float32
+            dtype = torch.get_autocast_dtype(query.device.type)
+            query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
+        scaling = options.get("scaling")
+        scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+        own = mask.padding(query.device)
+        real = query.new_ones((len(query), query.shape[2]), dtype=torch.bool) if own is None else own
+    ranks = ranks_for(applied.mesh, applied.timeout)
+    window, stated = mask.window, options.get("sliding_window")
+
+    def same() -> dict[str, Any]:
+        found = {"scale": scale, "layer": module.layer_idx, "training mode": bool(module.training)}
+        found |= {"window": window, "sliding_window": stated}
+        return found | of_plan(applied)
+
     tokens = begin(ranks, query, key, value, real, True, same)
     n = tokens.n
-    window = mask.window
     padding: Tensor | None = tokens.gather_mask(real)
     if padding is not None and bool(padding.all()):
         padding = None
+    # A rank's own tokens may be fewer than a window, and their padding at an end.
+    outside = padding is None or stands_together(padding)
+    _refuse(why_not_local(window, stated, n, lambda: outside))
     exact = [HeadPlan(None)] * len(heads)
     fallen_back = torch.zeros(len(query), len(heads), dtype=torch.bool)
     if window is not None and window < n:
@@ -104,6 +107,7 @@ def prefill_over_ranks(
             scale=scale,
             padding=padding,
             tolerance=applied.tolerance(n),
+            min_length=applied.min_length,
         )
         fallen_back[:, piece.heads] = done.fallen_back
         return done.output
@@ -114,5 +118,25 @@ def prefill_over_ranks(
         fallen_back.to(torch.uint8).to(query.device), [fallen_back.numel()] * ranks.size
     )
     total = torch.stack(everyones).amax(0).view(fallen_back.shape).bool().cpu()
-    approximated = torch.tensor([[head.setting is not None for head in heads]]).expand_as(total)
+    approximated = torch.tensor([head.setting is not None for head in heads]).expand_as(total)
+    if padding is not None:
+        approximated = approximated & (padding.sum(1).cpu() > applied.min_length)[:, None]
     return Prefill(output, total, approximated)
+
+
+def _plain_mask(
+    module: Any, query: Tensor, key: Tensor, mask: Mask, options: dict[str, Any], heads: int
+) -> MaskSpec:
+    """Return the mask of this rank's tokens if a plan can be followed, as far as these tell."""
+    if not isinstance(mask, MaskSpec) or not mask.begins or key.shape[2] != query.shape[2]:
+        raise InputError(
+            "a model whose tokens are spread over ranks attends to whole prompts alone: no cache "
+            "before them, no mask of one's own; decode with a model that has no mesh"
+        )
+    _refuse(why_exact(module, query, mask, options, heads))
+    return mask
+
+
+def _refuse(reason: str | None) -> None:
+    if reason is not None:
+        raise InputError(f"tokens that are spread over ranks cannot be attended to with {reason}")

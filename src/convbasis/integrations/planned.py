@@ -15,6 +15,7 @@ from ..checks import check_nonnegative_int, describe
 from ..errors import ConvBasisWarning, InputError, MissingPathError
 from ..plan import HeadPlan, Plan
 from .chunks import ChunkedLayer
+from .same_in_ranks import check_positions
 
 logger = logging.getLogger("convbasis")
 
@@ -155,7 +156,8 @@ def apply_plan(
 
     Raises:
         InputError: the plan is for another model, the model does not attend through the attention
-            interface, or an argument cannot be used.
+            interface, or an argument cannot be used; with a mesh, rotary positions that depend on the
+            length of the prompt.
         MissingExtraError: transformers is not installed.
 
     Example:
@@ -183,6 +185,8 @@ def apply_plan(
     min_length = check_nonnegative_int("min_length", min_length)
     if mesh is not None and chunked:
         raise InputError("mesh was given with chunked=True; over ranks a prompt comes as a whole")
+    if mesh is not None:
+        check_positions(model)
     layers = _attention_modules(model)
     missing = set(range(plan.model.layers)) - {module.layer_idx for module in layers}
     if missing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -37,12 +38,9 @@ def why_exact(
         return "attention that is not causal"
     if not mask.is_plain:
         return "packed position_ids, or a mask of the model's own"
-    windows = {w for w in (mask.window, options.get("sliding_window")) if w is not None and w < n}
-    # Chunked attention states a width too, but not as a sliding window.
-    if windows and options.get("sliding_window") != mask.window:
-        return f"a prompt longer than its local attention of {min(windows)} tokens"
-    if windows and not mask.padding_is_outside():
-        return "padding between tokens of a sliding window"
+    stated = options.get("sliding_window")
+    if (reason := why_not_local(mask.window, stated, n, mask.padding_is_outside)) is not None:
+        return reason
     if options.get("dropout"):
         return "attention dropout"
     if query.shape[1] != heads:
@@ -54,4 +52,24 @@ def why_exact(
             and not isinstance(option, bool | int | float | str)
         ):
             return f"the option {name}, whose meaning is not known here"
+    return None
+
+
+def why_not_local(
+    window: int | None, stated: int | None, n: int, padding_is_outside: Callable[[], bool]
+) -> str | None:
+    """Return why local attention of a prompt is computed as the model does it, or None.
+
+    Args:
+        window: latest keys that a query sees by the mask, None for all.
+        stated: the sliding window that the model's attention is told, or None.
+        n: tokens of the whole prompt.
+        padding_is_outside: whether each sequence's real tokens follow each other.
+    """
+    windows = {width for width in (window, stated) if width is not None and width < n}
+    # Chunked attention states a width too, but not as a sliding window.
+    if windows and stated != window:
+        return f"a prompt longer than its local attention of {min(windows)} tokens"
+    if windows and not padding_is_outside():
+        return "padding between tokens of a sliding window"
     return None

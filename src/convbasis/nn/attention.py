@@ -170,12 +170,12 @@ class ConvBasisAttention(nn.Module):
                 batch, or a cache together with padding, documents or a mesh.
             DistributedError: with a mesh, ranks that do not fit together, or one that is missing.
         """
-        self._check(hidden_states)
         if self.mesh is not None:
-            if cache is not None:
-                raise InputError("cache was given, but a layer with a mesh takes whole sequences alone")
-            mixed = self._attend_over_ranks(hidden_states, key_padding_mask, document_lengths)
+            from .over_ranks import attend_over_ranks
+
+            mixed = attend_over_ranks(self, hidden_states, key_padding_mask, document_lengths, cache)
             return self._output(mixed, hidden_states)
+        self._check(hidden_states)
         first = 0 if cache is None else cache.length
         query, key, value = self._projected(hidden_states, first)
         n = first + hidden_states.shape[1]
@@ -214,7 +214,7 @@ class ConvBasisAttention(nn.Module):
                 check_finite("key_bias", biases)
             past = cache.extend(query, key, value, biases, starts)
             if past is not None:
-                zero = query.new_zeros((self.num_heads, n))
+                zero = query.new_zeros((query.shape[1], n))
                 mixed = attend_to_cache(
                     past,
                     zero if lag_bias is None else lag_bias,
@@ -223,36 +223,6 @@ class ConvBasisAttention(nn.Module):
                     self.head_dim**-0.5,
                 )
         return self._output(mixed, hidden_states)
-
-    def _attend_over_ranks(
-        self,
-        hidden_states: Tensor,
-        key_padding_mask: Tensor | None,
-        document_lengths: Sequence[int] | None,
-    ) -> Tensor:
-        """Return the heads' outputs for this rank's tokens, ``(B, H, m, head_dim)``."""
-        from .. import distributed
-
-        own = hidden_states.shape[1]
-        lengths = distributed.token_lengths(own, self.mesh, timeout=self.timeout)
-        n, first = sum(lengths), sum(lengths[: self.mesh.get_local_rank()])
-        query, key, value = self._projected(hidden_states, first)
-        return distributed.conv_basis_attention(
-            query,
-            key,
-            value,
-            mesh=self.mesh,
-            enable_gqa=True,
-            key_padding_mask=key_padding_mask,
-            key_bias=self._key_bias(hidden_states),
-            lag_bias=None if self.lag_bias is None else self.lag_bias(n),
-            document_lengths=document_lengths,
-            gradient=self.gradient,
-            backend=self.backend,
-            max_bytes=self.max_bytes,
-            timeout=self.timeout,
-            **self._segments(n, document_lengths),
-        )
 
     def _output(self, mixed: Tensor, hidden_states: Tensor) -> Tensor:
         """Return what the layer makes of the heads' outputs ``(B, H, n, head_dim)``."""
