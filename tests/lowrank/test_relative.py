@@ -201,6 +201,19 @@ def test_half_types_are_computed_in_float32(dtype):
     assert torch.equal(turned, rotary_features(given[0].float()).to(dtype))
 
 
+@pytest.mark.parametrize("first", [-60.0, -103.0])
+def test_rows_whose_lags_weigh_next_to_nothing_are_right_or_refused(first):
+    value, bias = torch.randn(50, 2), torch.zeros(50)
+    bias[:20] = first
+    ones = torch.ones(50, 1)
+    if first < -100:
+        with pytest.raises(cb.ConvBasisError, match="lag_bias must not leave a row without weight"):
+            relative_attention(ones, ones, value, bias)
+    else:
+        found = relative_attention(ones, ones, value, bias)
+        assert torch.allclose(found[:2], torch.stack([value[0], value[:2].mean(0)]), atol=1e-5)
+
+
 def test_a_normaliser_beyond_all_numbers_is_refused():
     large = torch.full((3, 1), 3e19)
     with pytest.raises(cb.ConvBasisError, match=r"the normaliser of row \[0\] is inf"):

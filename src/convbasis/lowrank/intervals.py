@@ -47,8 +47,9 @@ class IntervalMask(Mask):
         InputError: an interval that is not empty leaves 0..n-1, or the lengths differ.
 
     Complexity:
-        A product takes O(n c r) time. Intervals are sums of at most two states of chunks and of two
-        parts of chunks; no prefix sums are subtracted, which would lose digits in float32.
+        A product takes O(n c r (1 + log(L/64) / 64)) time for a longest interval of L. Intervals are
+        sums of at most two states of chunks and of two parts of chunks; no prefix sums are subtracted,
+        which would lose digits in float32.
 
     Source:
         "Continuous row" of Conv-Basis (arXiv 2405.05219), section 6; "Masked low rank" of

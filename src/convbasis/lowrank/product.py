@@ -31,9 +31,10 @@ def masked_lowrank_matmul(u1: Tensor, u2: Tensor, x: Tensor, mask: Mask) -> Tens
         InputError: (a ValueError) shapes, dtypes or devices that do not fit; NaN or Inf.
 
     Complexity:
-        That of the mask: O(n r c) time for intervals (causal, windows, documents), and
-        O((n + changes) r c) for row changes. Memory: inputs, output, and bounded numbers of states of
-        chunks, of 128 tokens for causal masks and of 64 for others, never n r c numbers.
+        That of the mask: O(n r c) time for causal masks; O(n r c (1 + log(L/64) / 64)) for windows,
+        documents and other intervals, L the longest; O((n + changes) r c) for row changes. Memory:
+        inputs, output, and bounded numbers of states of chunks, of 128 tokens for causal masks and of
+        64 for others, never n r c numbers.
 
     Source:
         "Masked low rank" of docs/mathematics.md; Conv-Basis (arXiv 2405.05219), section 6.

@@ -27,8 +27,9 @@ def random_features(
     ``exp(q·k) = exp(|q|^2/2) exp(-|q - k|^2/2) exp(|k|^2/2)``: the kernel between is that of random
     Fourier features, drawn by scikit-learn's ``RBFSampler``; the factor of a query cancels in averages
     and is left out, as the largest one of a key. At the same number of features the error is 10 to 100
-    times that of `polynomial_features`, but any number can be had in any dimension. Products may be
-    negative, and then a normaliser too: functions of this library refuse such rows.
+    times that of `polynomial_features`, but any number can be had in any dimension. It is least where
+    queries and keys have norms alike: give ``t q`` and ``k / t``. Products may be negative, and then a
+    normaliser too, which `relative_attention` refuses.
 
     Args:
         query: ``(..., n, d)``; float64, float32, bfloat16 or float16.

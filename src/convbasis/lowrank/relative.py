@@ -81,7 +81,7 @@ def relative_attention(u1: Tensor, u2: Tensor, value: Tensor, lag_bias: Tensor) 
 
     Raises:
         InputError: as `lowrank_toeplitz_matmul`.
-        ConvBasisError: a normaliser is not a positive number.
+        ConvBasisError: a normaliser is not positive, or so small that the dtype has no digits for it.
 
     Complexity: O(n r d_v log n) time.
 
@@ -106,7 +106,9 @@ def relative_attention(u1: Tensor, u2: Tensor, value: Tensor, lag_bias: Tensor) 
         padded = torch.nn.functional.pad(values, (0, 1), value=1.0)
         sums = lowrank_toeplitz_matmul(left, right, kernel, padded)
         total = sums[..., -1:]
-        wrong = ~((total > 0) & total.isfinite())[..., 0]
+        limits = torch.finfo(total.dtype)
+        # Numbers below the least one that is refused have fewer digits, or are 0.
+        wrong = ~((total > limits.tiny / limits.eps) & total.isfinite())[..., 0]
         if bool(wrong.any()):
             row = wrong.nonzero()[0].tolist()
             raise ConvBasisError(
