@@ -333,8 +333,8 @@ def show(found: list[dict[str, object]]) -> None:
             print(
                 f"\nmemory of a rank at n = {row['n']:,}, {row['ranks']} ranks, {row['case']}, "
                 f"k = {SEGMENTS}: {megabytes['forward']} forward, {megabytes['backward']} with "
-                f"backward, beside its inputs; that is {' and '.join(shares)} of the {megabytes['predicted']} of "
-                f"the model; its queries take {megabytes['tensor_bytes']} (n d / ranks of each head), "
+                f"backward, beside its inputs; that is {' and '.join(shares)} of the "
+                f"{megabytes['predicted']} of the model; its queries take {megabytes['tensor_bytes']} (n d / ranks of each head), "
                 f"k n numbers {megabytes['kernel_bytes']}"
             )
 
