@@ -334,8 +334,8 @@ def show(found: list[dict[str, object]]) -> None:
                 f"\nmemory of a rank at n = {row['n']:,}, {row['ranks']} ranks, {row['case']}, "
                 f"k = {SEGMENTS}: {megabytes['forward']} forward, {megabytes['backward']} with "
                 f"backward, beside its inputs; that is {' and '.join(shares)} of the "
-                f"{megabytes['predicted']} of the model; its queries take {megabytes['tensor_bytes']} (n d / ranks of each head), "
-                f"k n numbers {megabytes['kernel_bytes']}"
+                f"{megabytes['predicted']} of the model; its queries take {megabytes['tensor_bytes']} "
+                f"(n d / ranks of each head), k n numbers {megabytes['kernel_bytes']}"
             )
 
 

@@ -115,6 +115,23 @@ def conv_basis(rank, ranks):
         )
 
 
+def long_in_float64(rank, ranks):
+    """Where float32 loses digits in rows with small gradients, float64 does not."""
+    n = 4097
+    for heads, exchange in ((2, "logits"), (1, "auto")):
+        compare(
+            rank,
+            split(n, ranks),
+            lambda *x: cb.conv_basis_attention(*x, segment_length=257),
+            lambda *x, exchange=exchange: distributed.conv_basis_attention(
+                *x, mesh=mesh_of(ranks), segment_length=257, exchange=exchange
+            ),
+            inputs(1, heads, heads, n, 16, 8, torch.float64),
+            (2, 2, 2),
+            limit=1e-8,
+        )
+
+
 def biases_and_padding(rank, ranks):
     mesh = mesh_of(ranks)
     n, lengths = 201, split(201, ranks)
@@ -274,6 +291,7 @@ def hybrid_of_half_types(rank, ranks):
 
 CHECKS = (
     conv_basis,
+    long_in_float64,
     biases_and_padding,
     documents,
     half_types,

@@ -47,3 +47,14 @@ def test_time_without_overlap_is_a_sum():
     apart, hidden = machine.seconds(load, backward=False)
     assert apart == pytest.approx(load.operations / 1e12 + load.sent_forward / 1e9)
     assert hidden == pytest.approx(max(load.operations / 1e12, load.sent_forward / 1e9))
+
+
+def test_the_backward_pass_of_exact_attention_takes_less():
+    machine = Machine(1e12, 1e12, 0.0)
+    for load, times in (
+        (ring_load(1 << 12, 1, heads=8, head_dim=64), 2.5),
+        (hybrid_load(1 << 12, 1, heads=8, head_dim=64, window=256, columns=64), 2.5),
+        (attention_load(1 << 12, 1, heads=8, head_dim=64, segments=8), 3.0),
+    ):
+        forward, both = (machine.seconds(load, backward=way)[1] for way in (False, True))
+        assert both == pytest.approx((1 + times) * forward)

@@ -17,6 +17,7 @@ from .shares import Piece, Sizes, length_of, shares, whole_heads
 _TRANSFORM = 2.5  # operations of a real transform, for each entry and binary digit of its length
 _COMPLEX = 8.0  # of a complex multiplication and addition
 _BACKWARD = 3.0  # products that the gradients take, as in attention/cost.py
+_EXACT_BACKWARD = 2.5  # of exact attention, whose logits are made once more
 _FIELD = 8  # bytes of an integer
 
 
@@ -28,9 +29,11 @@ class Load(NamedTuple):
     sent_backward: int
     """Bytes to other ranks."""
     operations: float
-    """Floating-point operations forward; the backward pass takes about three times as many."""
+    """Floating-point operations forward."""
     numbers: int
     """Of inputs, output and what is held over all tokens; exchanges hold twice as many for a moment."""
+    backward: float = _BACKWARD
+    """How many times the operations forward the backward pass takes."""
 
 
 class Machine(NamedTuple):
@@ -51,7 +54,7 @@ class Machine(NamedTuple):
             backward: with the backward pass.
             exchanges: for each direction.
         """
-        factor = 1.0 + _BACKWARD if backward else 1.0
+        factor = 1.0 + load.backward if backward else 1.0
         sent = load.sent_forward + (load.sent_backward if backward else 0)
         working = load.operations * factor / self.operations
         moving = sent / self.bytes + self.latency * exchanges * (2 if backward else 1)
@@ -177,6 +180,7 @@ def hybrid_load(
         batch * itemsize * (halo + distant),
         batch * work,
         batch * held,
+        _EXACT_BACKWARD,
     )
 
 
@@ -193,12 +197,16 @@ def ring_load(
     """Return what exact causal attention in a ring costs a rank, its work dealt out evenly.
 
     Every rank sends keys and values, and in the backward pass their gradients too, ranks - 1 times.
+
+    Source:
+        Ring attention (arXiv 2310.01889).
     """
     kv_heads = kv_heads or heads
     length = -(-n // ranks)
     sent = batch * itemsize * (ranks - 1) * length * kv_heads * 2 * head_dim
     operations = batch * 2.0 * n * n * head_dim * heads / ranks
-    return Load(sent, 2 * sent, operations, batch * length * 4 * (heads + kv_heads) * head_dim)
+    held = batch * length * 4 * (heads + kv_heads) * head_dim
+    return Load(sent, 2 * sent, operations, held, _EXACT_BACKWARD)
 
 
 def _operations(n: int, piece: Piece, inner: int, segments: int) -> float:
