@@ -25,8 +25,9 @@ def kept(maxsize: int) -> Callable[[_Function], _Function]:
         known = functools.lru_cache(maxsize)(make)
 
         @functools.wraps(function)
-        def find(*args: Any) -> Any:
-            return function(*args) if watched() or torch.compiler.is_compiling() else known(*args)
+        def find(*args: Any, **options: Any) -> Any:
+            use = function if watched() or torch.compiler.is_compiling() else known
+            return use(*args, **options)
 
         return cast(_Function, find)
 
