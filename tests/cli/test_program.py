@@ -11,6 +11,8 @@ import convbasis as cb
 START = (
     "import sys; sys.argv = ['convbasis', *sys.argv[1:]]\nfrom convbasis_program import main; main()"
 )
+# In the background of a shell Ctrl-C is ignored from the start.
+HEARD = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
 STOP = "import os, signal; os.kill(os.getpid(), signal.SIGINT)\n"
 
 
@@ -29,14 +31,14 @@ def run(*words, before="", first=None):
 @pytest.mark.parametrize("module", ["torch", "typer"])
 def test_ctrl_c_while_it_is_imported_is_one_line(tmp_path, module):
     (tmp_path / f"{module}.py").write_text(f"{STOP}raise AssertionError('went on')\n")
-    done = run("doctor", first=tmp_path)
+    done = run("doctor", before=HEARD, first=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
 def test_ctrl_c_is_pythons_own_again_when_a_command_runs():
     stop = f"def stop(*_):\n    {STOP}    raise SystemError\n"
     before = f"import convbasis.cli.doctor as doctor\n{stop}doctor.run_doctor = stop\n"
-    done = run("doctor", before=before)
+    done = run("doctor", before=HEARD + before)
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
 
 
