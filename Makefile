@@ -9,8 +9,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 demo: $(VENV)/.installed ## the main job on real attention, with a table and a picture
 	$(BIN)/convbasis demo
 
-test: $(VENV)/.installed ## all tests, with line and branch coverage
-	$(BIN)/python -m pytest --quiet --cov --cov-report=term
+test: $(VENV)/.installed ## all tests, shared out among the cores, with line and branch coverage
+	$(BIN)/python -m pytest --quiet --numprocesses auto --maxprocesses 8 --dist worksteal \
+	  --cov --cov-report=term
 
 browser-deps: ## the browser that tests open reports in; they are skipped without it
 	@if command -v chromium chromium-browser > /dev/null; then \

@@ -58,5 +58,9 @@ def generator() -> torch.Generator:
 
 
 def pytest_configure(config):
-    """Choices in tests do not depend on what this machine was tuned to."""
+    """Choices in tests do not depend on what this machine was tuned to; processes share its cores."""
+    if processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+        share = max(1, (os.cpu_count() or 1) // processes)
+        torch.set_num_threads(share)
+        os.environ["OMP_NUM_THREADS"] = str(share)  # of the programs that tests start
     os.environ["CONVBASIS_RATES"] = str(Path(tempfile.gettempdir()) / "convbasis-no-rates.json")

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 import convbasis as cb
@@ -104,6 +105,11 @@ class TestRunAll:
         for mode in (True, False):
             with torch.inference_mode(mode):
                 assert run_all([torch.is_inference_mode_enabled] * 3, [TENSOR]) == [mode] * 3
+
+    def test_forward_mode_is_on_where_it_is_for_the_caller(self):
+        for mode in (True, False):
+            with forward_ad._set_fwd_grad_enabled(mode):
+                assert run_all([torch._C._is_fwd_grad_enabled] * 3, [TENSOR]) == [mode] * 3
 
     def test_the_first_error_is_raised_and_the_rest_is_left(self):
         done, begin, raised = [], threading.Barrier(3), threading.Event()

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 T = TypeVar("T")
 
@@ -43,9 +44,10 @@ def run_all(tasks: Sequence[Callable[[], T]], tensors: Iterable[Tensor]) -> list
     if workers < 2 or not _may_leave(tensors):
         return [task() for task in tasks]
     inference = torch.is_inference_mode_enabled()
+    forward_mode = torch._C._is_fwd_grad_enabled()  # off in the forward pass of an autograd.Function
 
     def run(task: Callable[[], T]) -> T:
-        with torch.inference_mode(inference), torch.no_grad():
+        with torch.inference_mode(inference), torch.no_grad(), _set_fwd_grad_enabled(forward_mode):
             return task()
 
     pool = _pool(workers, threads // workers)
