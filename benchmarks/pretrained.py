@@ -23,8 +23,11 @@ are stretched, and times it.
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import dataclasses
+import hashlib
+import importlib.metadata
 import json
 import math
 import os
@@ -83,17 +86,29 @@ DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 def texts(extra: list[Path], prose: bool = False) -> dict[str, str]:
     """Texts of other kinds than the one of the calibration; with that one if asked."""
     library = Path(sysconfig.get_path("stdlib"))
+
+    def read(*names: str) -> list[str]:
+        return [(library / name).read_text(encoding="utf-8") for name in names]
+
+    licences = sorted(
+        path for path in importlib.metadata.files("torch") or () if "LICENSE" in path.name.upper()
+    )
     found = {
-        "source code": "\n".join(
-            (library / name).read_text(encoding="utf-8")
-            for name in ("argparse.py", "ast.py", "inspect.py", "typing.py")
+        "source code": "\n".join(read("argparse.py", "ast.py", "inspect.py", "typing.py")),
+        "docstrings": "\n\n".join(
+            text
+            for source in read("statistics.py", "_pydecimal.py", "difflib.py", "doctest.py")
+            for node in ast.walk(ast.parse(source))
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+            and (text := ast.get_docstring(node))
         ),
-        "documentation": "\n\n".join(
-            path.read_text(encoding="utf-8")
-            for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+        "change history": read("idlelib/NEWS.txt")[0],
+        "licences": "\n\n".join(
+            [
+                (ROOT / "LICENSE").read_text(encoding="utf-8"),
+                *(path.locate().read_text(encoding="utf-8") for path in licences),
+            ]
         ),
-        "change history": (library / "idlelib/NEWS.txt").read_text(encoding="utf-8"),
-        "licence": (ROOT / "LICENSE").read_text(encoding="utf-8"),
     }
     if prose:
         found["prose"] = sample_text()
@@ -350,6 +365,7 @@ def _score_text(
             found[name] = {
                 "n": n,
                 "text": text,
+                "ids_sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
                 "method": name,
                 "kl": float(kl.mean()),
                 "kl_standard_error": float(kl.std() / math.sqrt(len(kl))),
@@ -520,6 +536,7 @@ def long(options: argparse.Namespace) -> None:
 
 def _save(path: Path, rows: list[dict[str, Any]], **others: Any) -> None:
     content = {
+        "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),

@@ -35,6 +35,7 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         "convolve.direct",
         "attention.heads",
         "attention.by_tiles",
+        "hybrid.beyond",
     ):
         monkeypatch.setattr(f"convbasis.{module}.take", poison(workspace.take))
 

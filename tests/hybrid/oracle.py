@@ -111,7 +111,7 @@ def selected(query, key, value, scale, settings, head):
             q, k, columns, before, settings["blocks"], size, scale, settings["seed"], real=n
         )
         found["size"] = size
-        found["chosen"] = [[x for x in own.tolist() if x < blocks] for own in chosen[head]]
+        found["chosen"] = [[x for x in own.tolist() if x < blocks] for own in chosen.blocks[head]]
     if far == "segments":
         found["span"] = span = -(-blocks // settings["num_segments"])
         if settings["key_weights"]:

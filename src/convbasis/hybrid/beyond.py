@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..convolve.workspace import take
+from ..workers import watched
 from .piece import piece_attention
 
 # Entries of gathered keys and values at a time: they stay in the processor's caches.
@@ -91,8 +93,10 @@ def attention_beyond(
         )
         for head in range(heads)
     ]
-    outputs, sums = zip(*found, strict=True)
-    return torch.stack(outputs).flatten(1, 2), torch.stack(sums).flatten(1, 2)
+    outputs, sums = ([part.flatten(0, 1) for part in parts] for parts in zip(*found, strict=True))
+    if heads == 1:
+        return outputs[0][None], sums[0][None]
+    return torch.stack(outputs), torch.stack(sums)
 
 
 def _own(x: Gathered, head: int) -> Gathered:
@@ -119,7 +123,8 @@ def _of_head(
     order = counts[0].argsort(descending=True)
     taken_by = torch.stack(counts)[:, order].tolist()
     width = gathered[0].key.shape[-1] + gathered[0].value.shape[-1]
-    places, outputs, sums = [], [], []
+    outputs = query.new_zeros((*query.shape[:2], gathered[0].value.shape[-1]))
+    sums = query.new_full(query.shape[:2], -torch.inf)
     low = 0
     while low < count:
         takes = [max(each[low:]) for each in taken_by]
@@ -129,10 +134,12 @@ def _of_head(
         high = min(count, low + max(1, _ENTRIES // (keys_each * width)))
         part, low = order[low:high], high
         keys, values, biases = [], [], []
-        for x, each in zip(gathered, takes, strict=True):
+        for number, (x, each) in enumerate(zip(gathered, takes, strict=True)):
             own = x.taken[part, :each].flatten()
-            keys.append(x.key.index_select(0, own).view(len(part), -1, x.key.shape[-1]))
-            values.append(x.value.index_select(0, own).view(len(part), -1, x.value.shape[-1]))
+            keys.append(_picked(f"keys {number}", x.key, own).view(len(part), -1, x.key.shape[-1]))
+            values.append(
+                _picked(f"values {number}", x.value, own).view(len(part), -1, x.value.shape[-1])
+            )
             biases.append(x.bias[part, : each * x.key.shape[1]])
         output, lse = piece_attention(
             query[part, None],
@@ -141,20 +148,9 @@ def _of_head(
             scale,
             _joined(biases, 1)[:, None, None],
         )
-        places.append(part)
-        outputs.append(output[:, 0])
-        sums.append(lse[:, 0])
-    if not places:
-        value = gathered[0].value
-        nothing = query.new_full(query.shape[:2], -torch.inf)
-        return value.new_zeros((*query.shape[:2], value.shape[-1])), nothing
-    rest = count - sum(map(len, places))
-    if rest:
-        places.append(order[count - rest :])
-        outputs.append(outputs[0].new_zeros((rest, *outputs[0].shape[1:])))
-        sums.append(sums[0].new_full((rest, query.shape[1]), -torch.inf))
-    back = torch.cat(places).argsort()
-    return torch.cat(outputs)[back], torch.cat(sums)[back]
+        outputs.index_copy_(0, part, output[:, 0])
+        sums.index_copy_(0, part, lse[:, 0])
+    return outputs, sums
 
 
 def _with_shared(shared: list[Shared], gathered: Gathered) -> Gathered:
@@ -167,21 +163,35 @@ def _with_shared(shared: list[Shared], gathered: Gathered) -> Gathered:
     more = -(-number // span)
     fill = more * span - number
 
-    def pooled(own: Tensor, parts: list[Tensor]) -> Tensor:
+    def pooled(name: str, own: Tensor, parts: list[Tensor]) -> Tensor:
         joined = torch.nn.functional.pad(_joined(parts, 0), (0, 0, 0, fill))
-        return torch.cat([own, joined.unflatten(0, (more, span))])
+        both = [own, joined.unflatten(0, (more, span))]
+        return torch.cat(both, out=_room(name, own, pool + more))
 
     count = len(gathered.taken)
     first = torch.arange(pool, pool + more, device=gathered.taken.device).expand(count, -1)
     bias = torch.nn.functional.pad(_joined([x.bias for x in shared], 1), (0, fill), value=-torch.inf)
     counts = gathered.counts
     return Gathered(
-        pooled(gathered.key, [x.key for x in shared]),
-        pooled(gathered.value, [x.value for x in shared]),
+        pooled("key pool", gathered.key, [x.key for x in shared]),
+        pooled("value pool", gathered.value, [x.value for x in shared]),
         torch.cat([first, gathered.taken], dim=1),
         torch.cat([bias, gathered.bias], dim=1),
         None if counts is None else counts + more,
     )
+
+
+def _picked(name: str, pool: Tensor, own: Tensor) -> Tensor:
+    return torch.index_select(pool, 0, own, out=_room(name, pool, len(own)))
+
+
+def _room(name: str, pool: Tensor, count: int) -> Tensor | None:
+    """Return room for so many entries like those of a pool, which the next call overwrites; None where
+    they must stay: graphs keep them, and what watches operators may.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or watched():
+        return None
+    return take(f"hybrid {name}", (count, *pool.shape[1:]), pool.dtype, pool.device)
 
 
 def _joined(parts: list[Tensor], dim: int) -> Tensor:

@@ -9,13 +9,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .rows import exact_rows
+from .rows import exact_rows, with_gradient
 from .selection import rows_of_blocks
 from .window import QUERIES
 
 
 def corrected(
-    query: Tensor, key: Tensor, value: Tensor, output: Tensor, begin: int, scale: float, seed: int
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    begin: int,
+    scale: float,
+    seed: int,
+    known: Tensor | None,
 ) -> tuple[Tensor, int]:
     """Return the output with the rows from `begin` on corrected, and how many exact rows it took.
 
@@ -27,8 +34,10 @@ def corrected(
         begin: the first row that is not exact.
         scale: factor of the logits.
         seed: of the rows.
+        known: ``(R, c, 4, d_v)``, exact attention in the four rows of each 128 from `begin` on, of a
+            choice with the same seed; None if they are to be computed.
 
-    Complexity: O(n^2 (d + d_v) / 32) time.
+    Complexity: O(n^2 (d + d_v) / 32) time, next to nothing if the rows are known.
     """
     n = query.shape[1]
     first, last = -(-begin // QUERIES), n // QUERIES  # whole blocks of rows
@@ -36,7 +45,10 @@ def corrected(
         return output, 0
     device = query.device
     rows = rows_of_blocks(QUERIES, seed, last, n)[first:].to(device).flatten()
-    exact = exact_rows(query, key, value, rows, scale)
+    if known is None:
+        exact = exact_rows(query, key, value, rows, scale)
+    else:
+        exact = with_gradient(known[:, first:last].flatten(1, 2), query, key, value, rows, scale)
     means = (exact - output.index_select(1, rows)).unflatten(1, (last - first, -1)).mean(2)
     # Between the middles of two blocks, a part of the one and of the other.
     at = (torch.arange(begin, n, device=device) - first * QUERIES + 0.5) / QUERIES - 0.5

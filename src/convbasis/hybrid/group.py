@@ -62,6 +62,7 @@ def attend_group(
     """Return attention of R heads ``(R, n, d)`` that share key and value ``(1, n, ·)``."""
     n = query.shape[1]
     window = Window(settings.window, settings.shared)
+    known = None
     parts = ["window"]
     keys = float(min(n, settings.window))
     begin = window.begin
@@ -73,7 +74,7 @@ def attend_group(
         columns = heaviest(mass, n, settings.sinks, settings.columns)
     if settings.shared > 1:
         weighing = sampled if settings.key_weights else None
-        beyond = _beyond(query, key, value, columns, settings, scale, weighing)
+        beyond, known = _beyond(query, key, value, columns, settings, scale, weighing)
         output, lse = _near_and_beyond(query, key, value, window, beyond, scale)
         parts += beyond.parts
         keys += beyond.keys
@@ -97,7 +98,7 @@ def attend_group(
         parts.append("lowrank")
     mean, bound = no_estimate(query)
     if settings.correction:
-        output, more_rows = corrected(query, key, value, output, begin, scale, settings.seed)
+        output, more_rows = corrected(query, key, value, output, begin, scale, settings.seed, known)
         rows += more_rows
         parts.append("correction")
     if estimated:
@@ -114,20 +115,31 @@ def _beyond(
     settings: Settings,
     scale: float,
     sampled: SampledRows | None,
-) -> Beyond:
-    """Return the keys before the windows of all queries; see `keys_beyond`."""
+) -> tuple[Beyond, Tensor | None]:
+    """Return the keys before the windows of all queries, see `keys_beyond`; and exact attention of the
+    rows that correct others, if they have chosen blocks.
+    """
     n = query.shape[1]
     q = lengthened(query, -(-n // settings.shared) * settings.shared)
     k, v = (lengthened(tensor, -(-n // BLOCK) * BLOCK) for tensor in (key, value))
-    chosen = None
+    chosen = exact = None
     if settings.blocks:
         window = Window(settings.window, settings.shared)
         with torch.no_grad():
             before = blocks_before(window, 0, q.shape[1], query.device)
-            chosen = heavy_blocks(
-                q, k, columns, before, settings.blocks, window.shared, scale, settings.seed, real=n
+            chosen, exact = heavy_blocks(
+                q,
+                k,
+                columns,
+                before,
+                settings.blocks,
+                window.shared,
+                scale,
+                settings.seed,
+                real=n,
+                value=v if settings.correction else None,
             )
-    return keys_beyond(q, k, v, n, 0, columns, chosen, settings, scale, sampled)
+    return keys_beyond(q, k, v, n, 0, columns, chosen, settings, scale, sampled), exact
 
 
 def _near_and_beyond(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from ..transforms import final
 from .piece import piece_attention
 
 _TOGETHER = 32  # rows that are computed over the keys of the last of them
@@ -44,3 +47,40 @@ def exact_rows(
         )
         found.append(output[0])
     return torch.cat(found, dim=1)
+
+
+def with_gradient(
+    output: Tensor, query: Tensor, key: Tensor, value: Tensor, rows: Tensor, scale: float
+) -> Tensor:
+    """Return exact attention of rows that is known already, with the gradient of `exact_rows`.
+
+    Args:
+        output: ``(R, s, d_v)``, what `exact_rows` gives for the other arguments, up to rounding.
+    """
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+        found: Tensor = _Known.apply(output, query, key, value, rows, scale)
+        return found
+    return output
+
+
+class _Known(torch.autograd.Function):
+    """The identity of what is known; the backward pass computes the rows again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: Tensor, query: Tensor, key: Tensor, value: Tensor, rows: Tensor, scale: float
+    ) -> Tensor:
+        ctx.save_for_backward(query, key, value, rows)
+        ctx.scale = scale
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        *given, rows = ctx.saved_tensors
+        with torch.enable_grad():
+            own = [tensor.detach().requires_grad_() for tensor in given]
+            again = exact_rows(own[0], own[1], own[2], rows, ctx.scale)
+            found = torch.autograd.grad(again, own, gradient.detach())
+        if torch.is_grad_enabled():  # somebody may want to differentiate once more
+            found = tuple(final("hybrid_attention", each, gradient, *given) for each in found)
+        return None, *found, None, None

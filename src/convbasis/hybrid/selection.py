@@ -5,6 +5,8 @@ No choice carries a gradient.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -13,9 +15,19 @@ from .sampling import own_rows
 from .window import BLOCK
 
 # Rows of a block of queries that choose its blocks of keys, and blocks of queries that choose together.
-_ROWS, _TOGETHER = 4, 4
+_ROWS, _TOGETHER = 4, 8
 # How many times its share of the blocks of keys a block of queries can get.
 _SPREAD = 4
+
+
+class HeavyBlocks(NamedTuple):
+    """Blocks of keys for each block of queries."""
+
+    blocks: Tensor
+    """``(R, c, B)`` block numbers, increasing, b for none."""
+    exact: Tensor | None
+    """``(R, c, 4, d_v)``, exact attention in the rows that chose; 0 where there was nothing to choose.
+    None unless it was asked for."""
 
 
 def heaviest(mass: Tensor, n: int, sinks: int, count: int) -> Tensor:
@@ -65,7 +77,8 @@ def heavy_blocks(
     together: int = _TOGETHER,
     each: bool = False,
     real: int | None = None,
-) -> Tensor:
+    value: Tensor | None = None,
+) -> HeavyBlocks:
     """Return for each block of queries the blocks of keys before its window with the most weight.
 
     The weights are those of exact attention in a few rows of each block of queries, columns left out:
@@ -86,9 +99,7 @@ def heavy_blocks(
         together: blocks of queries that choose in one product.
         each: give `count` to every block of queries, whatever the others need.
         real: rows that are queries, the first ones; all by default.
-
-    Returns:
-        ``(R, c, B)`` block numbers, increasing, b for none.
+        value: ``(1, b·64, d_v)``, for exact attention of the rows that choose.
     """
     heads, blocks = len(query), query.shape[1] // size
     places = rows_of_blocks(size, seed, blocks, query.shape[1] if real is None else real)
@@ -98,6 +109,7 @@ def heavy_blocks(
     keep = min(count if each else _SPREAD * count, total)
     found = torch.full((heads, blocks, keep), total, dtype=torch.int64, device=query.device)
     weight = torch.zeros((heads, blocks, keep), dtype=query.dtype, device=query.device)
+    exact = None if value is None else query.new_zeros((*own.shape[:3], value.shape[-1]))
     later = torch.arange(blocks * size, device=query.device).view(blocks, 1, size) > places[..., None]
     for low in range(0, blocks, together):
         high = min(blocks, low + together)
@@ -113,6 +125,9 @@ def heavy_blocks(
             logits[:, index, :, begin + size :] = -torch.inf
         weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_()
         everything = weights.sum(-1, keepdim=True)
+        if exact is not None and value is not None:
+            sums = weights.view(-1, weights.shape[-1]) @ value[0, : weights.shape[-1]]
+            exact[:, low:high] = sums.view(*weights.shape[:-1], -1).div_(everything)
         far = weights[..., : most * BLOCK]
         for head in range(heads):
             taken = columns[head]
@@ -128,7 +143,7 @@ def heavy_blocks(
         weight = torch.zeros_like(weight).flatten(1).scatter_(1, heaviest.indices, heaviest.values)
         weight = weight.view(found.shape)
     found = found.masked_fill_(weight <= 0, total).sort(-1).values
-    return found[..., : max(1, int((found < total).sum(-1).max()))]
+    return HeavyBlocks(found[..., : max(1, int((found < total).sum(-1).max()))], exact)
 
 
 def rows_of_blocks(size: int, seed: int, blocks: int, real: int) -> Tensor:

@@ -161,7 +161,7 @@ def _far_rows(
                 first=edge // BLOCK - 1,
                 together=1,
                 each=True,
-            )
+            ).blocks
     beyond = keys_beyond(
         blocks, known_key, known_value, high, edge, columns, chosen, settings, scale, None
     )
