@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from convbasis.convolve import workspace
+from convbasis import workspace
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +27,7 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
     for module in (
-        "convolve.workspace",
+        "workspace",
         "convolve.windows",
         "convolve.partitioned",
         "convolve.spectra",

@@ -19,7 +19,7 @@ from convbasis.convolve import (
 )
 from convbasis.convolve.gradients import partitioned_transposed
 from convbasis.convolve.spectra import WindowSpectra, column_step
-from convbasis.convolve.workspace import take
+from convbasis.workspace import take
 
 
 def gen(seed=0):
@@ -253,7 +253,7 @@ class TestWorkspace:
         assert theirs[0].data_ptr() != mine.data_ptr()
 
     def test_large_memory_is_not_kept(self, monkeypatch):
-        monkeypatch.setattr("convbasis.convolve.workspace._LARGEST_KEPT", 40)
+        monkeypatch.setattr("convbasis.workspace._LARGEST_KEPT", 40)
         assert self.take(shape=(11,)).data_ptr() != self.take(shape=(11,)).data_ptr()
 
     def test_memory_taken_in_inference_mode_serves_outside(self):

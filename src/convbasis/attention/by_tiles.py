@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..convolve.direct import KernelSums, Place, laid_out_rows
-from ..convolve.workspace import take
+from ..workspace import take
 from .forward import Inputs
 from .gradients import Gradients, Incoming, Wanted
 

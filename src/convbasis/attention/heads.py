@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..convolve import LogitWindows, Partition, partitioned_blocks, row_noise
-from ..convolve.workspace import take
+from ..workspace import take
 
 
 class Head(NamedTuple):

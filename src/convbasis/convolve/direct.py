@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .workspace import take
+from ..workspace import take
 
 _TILE_ENTRIES = 1 << 18  # entries of the matrices that are laid out at a time
 _WHOLE_ROWS = 2048  # tokens up to which all columns of a row are laid out at a time

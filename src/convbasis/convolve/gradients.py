@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..workspace import take
 from .partition import Partition
 from .spectra import (
     CHUNK_BYTES,
@@ -31,7 +32,6 @@ from .spectra import (
     spectra_memory,
 )
 from .windows import Windows
-from .workspace import take
 
 
 class Outer(NamedTuple):

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..workspace import take
 from .partition import Partition
 from .spectra import (
     CHUNK_BYTES,
@@ -30,7 +31,6 @@ from .spectra import (
     spectra_memory,
 )
 from .windows import Windows
-from .workspace import take
 
 # Bytes of the sums that are added to at a time, there.
 _SUM_BYTES = 6 << 20

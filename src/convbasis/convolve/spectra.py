@@ -15,10 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..workspace import take
 from .noise import unit_noise
 from .partition import Partition
 from .windows import Windows
-from .workspace import take
 
 # Up to this many pieces, spectra are multiplied and added entry by entry as the transforms leave them;
 # with more, matrix products pay for turning the spectra.

@@ -15,8 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..workspace import take
 from .partition import Partition
-from .workspace import take
 
 # Logits are taken relative to a shift that follows their largest one where it is farther than this from
 # it, in nats: far enough from the ends of float32, and usually no shift at all.

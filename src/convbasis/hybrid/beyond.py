@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..convolve.workspace import take
 from ..workers import watched
+from ..workspace import take
 from .piece import piece_attention
 
 # Entries of gathered keys and values at a time: they stay in the processor's caches.
