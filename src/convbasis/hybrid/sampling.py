@@ -11,6 +11,7 @@ from torch import Tensor
 from ..kept import kept
 
 _PERIOD = 64  # rows after which those for fits repeat
+_MASKED = 8  # rows that are summed together, with a mask between the first and the last of them
 _TOGETHER = 32  # rows that are computed over the keys up to the last of them
 
 
@@ -25,11 +26,23 @@ class SampledRows(NamedTuple):
     """``(R, s)``."""
 
     def mass_before(self, first: Tensor) -> Tensor:
-        """Return the weight of each key ``(R, n)`` in rows that have it before first ``(s,)``."""
-        keys = torch.arange(self.weights.shape[-1], device=first.device)
-        before = (keys < first[:, None]).to(self.weights.dtype)
-        # A product of each key's weights, one by one, is many times slower.
-        return (self.weights * before).sum(1)
+        """Return the weight of each key ``(R, n)`` in rows that have it before first ``(s,)``.
+
+        `first` increases with the rows.
+        """
+        found = self.weights.new_zeros((len(self.weights), self.weights.shape[-1]))
+        for own, stops in zip(self.weights.split(_MASKED, dim=1), first.split(_MASKED), strict=True):
+            least, most = (max(0, int(stop)) for stop in (stops[0], stops[-1]))
+            found[:, :least] += own[..., :least].sum(1)
+            # Only where some of the rows end there is a mask: it would cost more than the sums.
+            keys = torch.arange(least, most, device=first.device)
+            found[:, least:most] += own[..., least:most].where(keys < stops[:, None], 0.0).sum(1)
+        return found
+
+    def hide(self, seen: Tensor) -> None:
+        """Set the weights of keys ``(R, ≥ n)`` to 0."""
+        for own, hidden in zip(self.weights, seen[:, : self.weights.shape[-1]], strict=True):
+            own.index_fill_(-1, hidden.nonzero()[:, 0], 0.0)
 
 
 def own_rows(rows: Tensor, parity: int, seed: int) -> Tensor:

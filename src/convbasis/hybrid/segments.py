@@ -37,7 +37,7 @@ def segment_keys(
         num_segments: at most that many of them.
         scale: factor of the logits.
         sampled: exact rows that weigh the keys of a segment, and the segment as a whole; None for equal
-            weights.
+            weights. Their weights of keys that count elsewhere are overwritten with 0.
         window: the aligned window.
 
     Complexity: O(n d) time, and O(k + n / (64 k)) keys for k segments.
@@ -48,6 +48,8 @@ def segment_keys(
     whole = total // span
     device = query.device
     numbers = (~seen).to(query.dtype)
+    if sampled is not None:
+        sampled.hide(seen)
     weights = numbers if sampled is None else _sampled_weights(sampled, seen, window)
 
     def means(tensor: Tensor, length: int, stop: int) -> Tensor:
@@ -114,8 +116,7 @@ def _corrections(
     open_to = torch.arange(segments, device=rows.device) < edge[:, None]  # (s, k)
     stop = segments * length
     exact = torch.nn.functional.pad(sampled.weights, (0, max(0, stop - sampled.weights.shape[-1])))
-    exact = exact[..., :stop].masked_fill(seen[:, None, :stop], 0.0)
-    exact = exact.unflatten(-1, (segments, length)).sum(-1) * open_to
+    exact = exact[..., :stop].unflatten(-1, (segments, length)).sum(-1) * open_to
     numbers = (~seen[:, :stop]).unflatten(1, (segments, length)).sum(-1).to(exact.dtype)
     logits = query.index_select(1, rows) @ keys.mT * scale + numbers.log()[:, None]
     model = (logits - sampled.lse[..., None]).exp() * open_to
