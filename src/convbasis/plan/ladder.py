@@ -38,9 +38,7 @@ def default_ladder(length: int) -> tuple[HeadSetting, ...]:
         setting(256, **segments),
         setting(512, **segments),
         setting(768, **segments),
-        setting(256, 8, correction=True),
-        setting(512, 8, **segments),
-        setting(256, 16, correction=True),
+        setting(256, 6, correction=True),
     )
 
 
