@@ -1,8 +1,8 @@
 """A pretrained model on long prompts: what a plan costs and what it changes.
 
-    python benchmarks/pretrained.py calibrate [--length 8192] [--budget 0.0025]
+    python benchmarks/pretrained.py calibrate [--length 8192] [--budget 0.002]
     python benchmarks/pretrained.py score [--lengths 2048 4096 8192] [--text FILE ...]
-    python benchmarks/pretrained.py curve [--budgets 0.0005 0.001 0.0025 0.005 0.02]
+    python benchmarks/pretrained.py curve [--budgets 0.0005 0.001 0.002 0.005 0.02]
     python benchmarks/pretrained.py parts [--lengths 2048 4096 8192]
     python benchmarks/pretrained.py passkey [--lengths 2048 4096 8192]
     python benchmarks/pretrained.py long [--lengths 32768]
@@ -558,7 +558,7 @@ def main() -> None:
         part.add_argument("--margin", type=float, default=0.6, help="of the tolerance")
         if job is calibrate:
             part.add_argument("--tolerance", type=float, default=0.4)
-            part.add_argument("--budget", type=float, default=0.0025, help="KL, in nats")
+            part.add_argument("--budget", type=float, default=0.002, help="KL, in nats")
             continue
         lengths = {long: [32_768], curve: [8192]}.get(job, [2048, 4096, 8192])
         part.add_argument("--lengths", type=int, nargs="+", default=lengths)
@@ -568,7 +568,7 @@ def main() -> None:
             part.add_argument("--kinds", nargs="*", default=[], help="of texts; all by default")
             part.add_argument("--methods", nargs="*", default=[])
         if job is curve:
-            budgets = [0.0005, 0.001, 0.0025, 0.005, 0.02]
+            budgets = [0.0005, 0.001, 0.002, 0.005, 0.02]
             part.add_argument("--budgets", type=float, nargs="+", default=budgets, help="KL, in nats")
         if job is parts:
             part.add_argument("--costs", action="store_true", help="measure costs again, not KL")

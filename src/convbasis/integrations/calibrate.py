@@ -44,7 +44,7 @@ def calibrate(
     *,
     tolerance: float = 0.4,
     margin: float = 0.6,
-    budget: float | None = 0.0025,
+    budget: float | None = 0.002,
     ladder: Sequence[HeadSetting] | None = None,
     checkpoint: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
