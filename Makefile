@@ -56,6 +56,7 @@ bench: $(VENV)/.installed ## every benchmark; long
 	$(BIN)/python benchmarks/pretrained.py score
 	$(BIN)/python benchmarks/pretrained.py curve
 	$(BIN)/python benchmarks/pretrained.py parts
+	$(BIN)/python benchmarks/pretrained.py bounds
 	$(BIN)/python benchmarks/pretrained.py passkey
 	$(BIN)/python benchmarks/pretrained.py long
 	$(BIN)/python benchmarks/far_fields.py --lengths 4096 --texts prose

@@ -4,6 +4,7 @@
     python benchmarks/pretrained.py score [--lengths 2048 4096 8192] [--text FILE ...]
     python benchmarks/pretrained.py curve [--budgets 0.0005 0.001 0.002 0.005 0.02]
     python benchmarks/pretrained.py parts [--lengths 2048 4096 8192]
+    python benchmarks/pretrained.py bounds [--kinds "source code" licences]
     python benchmarks/pretrained.py passkey [--lengths 2048 4096 8192]
     python benchmarks/pretrained.py long [--lengths 32768]
 
@@ -12,7 +13,8 @@ where it was stopped. `score` takes other texts: n - 512 tokens are the prompt, 
 and the next 512 are scored with exact attention over the cache that the prompt left. Beside the plan:
 one without far fields, one setting for all heads, and the plain conv basis. `curve` does so for plans
 of several budgets, and draws KL against attention time. `parts` gives every head the same setting, and
-asks what each part of hybrid attention does at which cost. KL is that of the next
+asks what each part of hybrid attention does at which cost. `bounds` compares the bounds of all heads'
+errors, with all settings of the ladder, with the errors. KL is that of the next
 token's distribution from exact to approximate, in nats, with a bootstrap interval over stretches of 32
 tokens; time is that of all calls of attention in the prompt, fits, choices and estimates included, and
 of the whole prompt. Methods take turns; a ratio is of medians. `passkey` hides five digits at several
@@ -50,7 +52,7 @@ from convbasis.integrations.planned import fallbacks_by_head
 from convbasis.integrations.smollm2 import load_smollm2, sample_text, token_ids
 from convbasis.plan import HeadPlan, HeadSetting, Plan
 from convbasis.plan.choice import choose
-from convbasis.plan.ladder import Measured, default_ladder, measure_costs
+from convbasis.plan.ladder import Measured, default_ladder, measure, measure_costs
 from convbasis.report.figures import pareto_figure
 from convbasis.storage import save_text
 
@@ -305,6 +307,40 @@ def curve(options: argparse.Namespace) -> None:
     _save(options.folder / "pretrained-curve.json", rows)
 
 
+def bounds(options: argparse.Namespace) -> None:
+    """How often the bound of a head's error holds, and how wide it is, for each setting."""
+    loaded = load_smollm2()
+    ladder = default_ladder(options.length)
+    rows = []
+    print("| text | setting | bound holds | bound / error, median |\n|---|---|---|---|", flush=True)
+    for text, content in texts(options.text, prose=True).items():
+        if options.kinds and text not in options.kinds:
+            continue
+        ids = token_ids(loaded.tokenizer, content, options.length)
+        layers = range(loaded.model.config.num_hidden_layers)
+        given = capture_layers(loaded.model, ids, layers).values()
+        measured = [measure(*inputs, ladder, 0) for inputs in given]
+        for index, setting in enumerate(ladder):
+            errors = [error for layer in measured for error in layer.errors[index]]
+            own = [bound for layer in measured for bound in layer.bounds[index]]
+            sizes = setting.at(options.length)
+            row = {
+                "text": text,
+                "setting": {name: value for name, value in sizes._asdict().items() if value},
+                "heads": len(own),
+                "holds": statistics.fmean(x <= y for x, y in zip(errors, own, strict=True)),
+                "ratio": statistics.median(y / x for x, y in zip(errors, own, strict=True)),
+            }
+            rows.append(row)
+            found = f"{row['holds']:.1%} | {row['ratio']:.2f}"
+            print(f"| {text} | {row['setting']} | {found} |", flush=True)
+    print(
+        f"| all | all | {statistics.fmean(row['holds'] for row in rows):.1%} "
+        f"| {statistics.median(row['ratio'] for row in rows):.2f} |"
+    )
+    _save(options.folder / "pretrained-bounds.json", rows)
+
+
 def _interval(by_text: list[list[float]]) -> tuple[float, float, float]:
     """The mean over texts and its 95 % bootstrap interval, stretches drawn anew in each text."""
     generator = torch.Generator().manual_seed(0)
@@ -550,7 +586,7 @@ def _save(path: Path, rows: list[dict[str, Any]], **others: Any) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     jobs = parser.add_subparsers(required=True)
-    for job in (calibrate, score, curve, parts, passkey, long):
+    for job in (calibrate, score, curve, parts, bounds, passkey, long):
         part = jobs.add_parser(job.__name__)
         part.set_defaults(job=job)
         part.add_argument("--length", type=int, default=8192, help="of the calibration")
@@ -563,7 +599,7 @@ def main() -> None:
         lengths = {long: [32_768], curve: [8192]}.get(job, [2048, 4096, 8192])
         part.add_argument("--lengths", type=int, nargs="+", default=lengths)
         part.add_argument("--repeats", type=int, default=1)
-        if job in (score, curve, parts):
+        if job in (score, curve, parts, bounds):
             part.add_argument("--text", type=Path, nargs="*", default=[])
             part.add_argument("--kinds", nargs="*", default=[], help="of texts; all by default")
             part.add_argument("--methods", nargs="*", default=[])
