@@ -12,14 +12,14 @@
 where it was stopped. `score` takes other texts: n - 512 tokens are the prompt, attended to by the plan,
 and the next 512 are scored with exact attention over the cache that the prompt left. Beside the plan:
 one without far fields, one setting for all heads, and the plain conv basis. `curve` does so for plans
-of several budgets, and draws KL against attention time. `parts` gives every head the same setting, and
-asks what each part of hybrid attention does at which cost. `bounds` compares the bounds of all heads'
-errors, with all settings of the ladder, with the errors. KL is that of the next
-token's distribution from exact to approximate, in nats, with a bootstrap interval over stretches of 32
-tokens; time is that of all calls of attention in the prompt, fits, choices and estimates included, and
-of the whole prompt. Methods take turns; a ratio is of medians. `passkey` hides five digits at several
-depths of prose and asks for them. `long` gives the plan a prompt beyond the model's positions, which
-are stretched, and times it.
+of several budgets, one setting for all heads and the plain conv basis, and draws KL against time.
+`parts` gives every head the same setting, and asks what each part of hybrid attention does at which
+cost. `bounds` compares the bounds of all heads' errors, with all settings of the ladder, with the
+errors. KL is that of the next token's distribution from exact to approximate, in nats, with a bootstrap
+interval over stretches of 32 tokens; time is that of all calls of attention in the prompt, fits,
+choices and estimates included, and of the whole prompt. Methods take turns; a ratio is of medians.
+`passkey` hides five digits at several depths of prose and asks for them. `long` gives the plan a prompt
+beyond the model's positions, which are stretched, and times it.
 """
 
 from __future__ import annotations
@@ -287,6 +287,7 @@ def curve(options: argparse.Namespace) -> None:
             methods[name] = Planned(found, True)
     for name, setting in {**UNIFORM, "window 256 + segments": PARTS["window 256 + segments"]}.items():
         methods[name] = Planned(uniform(plan, setting), False)
+    methods["plain conv basis, segments of 64"] = Plain()
     rows = _score_texts(loaded, methods, texts(options.text), options)
     table(rows)
     points: dict[str, list[tuple[float, float]]] = {}
