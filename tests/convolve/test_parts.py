@@ -42,12 +42,15 @@ def test_blocks_of_rows_stay_within_their_memory(transpose):
     kernels, starts = random_basis(n, 3, gen())
     rows = torch.arange(n).expand(2, n)
     kernels, starts = kernels.expand(2, 3, n), starts.expand(2, 3)
-    seen = 0
-    for _, block, entries in row_blocks(kernels, starts, rows, 0.0, transpose=transpose):
+    seen = total = 0
+    for _, block, columns, entries in row_blocks(kernels, starts, rows, 0.0, transpose=transpose):
         assert entries.numel() <= _BLOCK_ENTRIES
         assert entries.dtype == torch.float64
+        assert entries.shape[-1] == columns.stop - columns.start
         seen += block.stop - block.start
+        total += entries.numel()
     assert seen == n
+    assert total < 1.1 * n * n  # of the two triangles alone
 
 
 def test_many_matrices_are_taken_in_groups(monkeypatch):

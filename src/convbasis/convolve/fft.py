@@ -15,6 +15,9 @@ from .lengths import fast_length
 from .noise import squared_norm, unit_noise
 from .segments import lag_mask, segment_stops
 
+# Bytes of the columns that are correlated at a time: with more, most of the time goes into new pages.
+_AT_ONCE = 1 << 25
+
 
 def fft_product(
     kernels: Tensor, starts: Tensor, x: Tensor, max_bytes: int, *, transpose: bool = False
@@ -116,7 +119,8 @@ def fft_kernel_gradient(starts: Tensor, x: Tensor, gradient: Tensor, k: int, max
     """
     problems, sets, n, columns = gradient.shape
     length = fast_length(2 * n)
-    step = max(1, min(columns, max_bytes // (4 * length * problems * sets * gradient.element_size())))
+    at_once = min(max_bytes, _AT_ONCE) // (4 * length * problems * sets * gradient.element_size())
+    step = max(1, min(columns, at_once))
     rows = torch.arange(n, device=x.device)
     stops = segment_stops(starts, n)
     result = gradient.new_zeros((problems, sets, k, n))

@@ -19,7 +19,7 @@ _BLOCK_ENTRIES = 1 << 19  # matrix entries gathered at a time: 4 MB in float64, 
 
 def row_blocks(
     kernels: Tensor, starts: Tensor, rows: Tensor, fill: float, *, transpose: bool = False
-) -> Iterator[tuple[slice, slice, Tensor]]:
+) -> Iterator[tuple[slice, slice, slice, Tensor]]:
     """Yield blocks of the given rows of segmented matrices, densely.
 
     Args:
@@ -30,12 +30,12 @@ def row_blocks(
         transpose: take the rows of the transposes instead.
 
     Yields:
-        (matrices, positions, entries): a slice of G, a slice of the m rows, and the entries
-        ``(g, b, e)``, float64, of the columns 0..e-1; every column past e is above the diagonal.
+        (matrices, positions, columns, entries): a slice of G, a slice of the m rows, a slice of e
+        columns, and their entries ``(g, b, e)``, float64; no row has any in other columns.
     """
-    for part, block, index, hidden in _indices(kernels, starts, rows, transpose=transpose):
+    for part, block, columns, index, hidden in _indices(kernels, starts, rows, transpose=transpose):
         entries = kernels[part].reshape(len(index), -1).gather(1, index.flatten(1)).view(index.shape)
-        yield part, block, entries.double().masked_fill(hidden, fill)
+        yield part, block, columns, entries.double().masked_fill(hidden, fill)
 
 
 def row_entries(logits: Tensor, starts: Tensor, rows: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -50,15 +50,15 @@ def row_entries(logits: Tensor, starts: Tensor, rows: Tensor) -> Iterator[tuple[
         (positions, entries, index): a slice of the m rows, the entries ``(1, b, e)``, -inf above the
         diagonal, and their places in the flat kernels.
     """
-    for _, block, index, hidden in _indices(logits, starts, rows, transpose=False):
+    for _, block, _, index, hidden in _indices(logits, starts, rows, transpose=False):
         entries = logits.reshape(1, -1).gather(1, index.flatten(1)).view(index.shape)
         yield block, entries.masked_fill(hidden, -torch.inf), index
 
 
 def _indices(
     kernels: Tensor, starts: Tensor, rows: Tensor, *, transpose: bool
-) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
-    """Yield matrices, positions, places in the flat kernels and which entries there are none."""
+) -> Iterator[tuple[slice, slice, slice, Tensor, Tensor]]:
+    """Yield matrices, positions, columns, places in the flat kernels, and where there is no entry."""
     groups, _, n = kernels.shape
     count = rows.shape[-1]
     per_group = max(1, _BLOCK_ENTRIES // n)
@@ -68,24 +68,27 @@ def _indices(
         position = 0
         while position < count:
             block = slice(position, _block_end(rows[part], position, n, transpose))
+            own = rows[part, block, None]
             if transpose:
-                lag = torch.arange(n, device=rows.device) - rows[part, block, None]
+                columns = slice(int(own.min()), n)
+                lag = torch.arange(columns.start, n, device=rows.device) - own
                 owner = segment[part].gather(1, rows[part, block])[..., None]
             else:
-                extent = int(rows[part, block].max()) + 1
-                lag = rows[part, block, None] - torch.arange(extent, device=rows.device)
-                owner = segment[part, None, :extent]
+                columns = slice(0, int(own.max()) + 1)
+                lag = own - torch.arange(columns.stop, device=rows.device)
+                owner = segment[part, None, columns]
             hidden = (lag < 0) | (owner < 0)
             index = lag.add_(owner * n).masked_fill_(hidden, 0)
-            yield part, block, index, hidden
+            yield part, block, columns, index, hidden
             position = block.stop
 
 
 def _block_end(rows: Tensor, position: int, n: int, transpose: bool) -> int:
     """Return the end of a block of rows whose entries up to the diagonal fit into one block."""
     groups, count = rows.shape
-    if transpose:
-        return min(count, position + max(1, _BLOCK_ENTRIES // (groups * n)))
+    if transpose:  # the first row reaches furthest
+        extent = n - int(rows[:, position].min())
+        return min(count, position + max(1, _BLOCK_ENTRIES // (groups * extent)))
     extent = int(rows[:, position].max()) + 1
     end = min(count, position + max(1, _BLOCK_ENTRIES // (groups * extent)))
     # The rows before that end reach at most as far as its last one.
@@ -108,8 +111,8 @@ def product_rows(
         ``(G, m, c)``.
     """
     pieces: dict[int, list[Tensor]] = {}
-    for part, _, entries in row_blocks(kernels, starts, rows, 0.0, transpose=transpose):
-        product = (entries @ x[part, : entries.shape[-1]].double()).to(x.dtype)
+    for part, _, columns, entries in row_blocks(kernels, starts, rows, 0.0, transpose=transpose):
+        product = (entries @ x[part, columns].double()).to(x.dtype)
         pieces.setdefault(part.start, []).append(product)
     return torch.cat([torch.cat(blocks, dim=1) for blocks in pieces.values()])
 
@@ -132,15 +135,14 @@ def softmax_rows(
     """
     outputs: dict[int, list[Tensor]] = {}
     sums: dict[int, list[Tensor]] = {}
-    for part, _, entries in row_blocks(logits, starts, rows, -torch.inf):
-        extent = entries.shape[-1]
+    for part, _, columns, entries in row_blocks(logits, starts, rows, -torch.inf):
         if key_bias is not None:
-            entries = entries + key_bias[part, None, :extent]
+            entries = entries + key_bias[part, None, columns]
         peak = entries.detach().amax(-1, keepdim=True)
         empty = peak == -torch.inf
         weights = entries.sub(peak.masked_fill(empty, 0.0)).exp_()
         total = weights.sum(-1, keepdim=True).masked_fill(empty, 1.0)
-        output = weights @ value[part, :extent].double() / total
+        output = weights @ value[part, columns].double() / total
         lse = (peak + total.log())[..., 0]
         outputs.setdefault(part.start, []).append(output.to(value.dtype))
         sums.setdefault(part.start, []).append(lse.to(value.dtype))
