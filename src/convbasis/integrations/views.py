@@ -7,13 +7,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot, scaled_dot_product_attention
+from torch.nn.functional import one_hot, pad, scaled_dot_product_attention
 
 from ..errors import InputError
 from ..hybrid import hybrid_attention
 from ..hybrid.sampling import SampledRows, sampled_rows, spread_rows
 from ..plan import HeadSetting, Plan
 from .capture import CapturedLayer, observe_layers
+from .prefill import of_heads
 
 _SAMPLES = 128  # rows of exact attention that lags are found in
 _DIGITS = 5
@@ -134,15 +135,17 @@ def see_heads(
         tiles: across and down, at most.
         seed: of everything sampled.
     """
-    n = query.shape[2]
+    n, width = query.shape[2:]
     place = torch.arange(n) // tile_size(n, tiles)
     names = one_hot(place).to(query.dtype)
-    value = names.expand(1, key.shape[1], *names.shape).contiguous()
+    # As wide as keys are: fused attention is only for these.
+    value = pad(names, (0, max(0, width - names.shape[-1]))).expand(1, key.shape[1], -1, -1).contiguous()
     counts = names.sum(0)[:, None]
 
     def shares(output: Tensor) -> list[list[float]]:
         # Both are shares of earlier tiles; a mean over a segment spreads into no later one.
-        return [rounded_row(row) for row in ((names.t() @ output) / counts).tril()]
+        means = (names.t() @ output[:, : names.shape[-1]]) / counts
+        return [rounded_row(row) for row in means.tril()]
 
     exact = scaled_dot_product_attention(
         query, key, value, is_causal=True, scale=scale, enable_gqa=True
@@ -153,12 +156,13 @@ def see_heads(
         if own is None
     }
     for index in sorted({own for own in chosen if own is not None}):
-        output = hybrid_attention(
-            query, key, value, **settings[index].at(n)._asdict(),
+        members = [head for head, own in enumerate(chosen) if own == index]
+        outputs = hybrid_attention(
+            *of_heads(members, query, key, value), **settings[index].at(n)._asdict(),
             scale=scale, enable_gqa=True, seed=seed,
         )[0]  # fmt: skip
-        for head in (head for head, own in enumerate(chosen) if own == index):
-            found[head] = SeenHead(index, shares(exact[head]), shares(output[head]))
+        for head, output in zip(members, outputs, strict=True):
+            found[head] = SeenHead(index, shares(exact[head]), shares(output))
     return [found[head] for head in range(len(chosen))]
 
 
