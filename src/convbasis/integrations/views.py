@@ -139,7 +139,9 @@ def see_heads(
     place = torch.arange(n) // tile_size(n, tiles)
     names = one_hot(place).to(query.dtype)
     # As wide as keys are: fused attention is only for these.
-    value = pad(names, (0, max(0, width - names.shape[-1]))).expand(1, key.shape[1], -1, -1).contiguous()
+    value = (
+        pad(names, (0, max(0, width - names.shape[-1]))).expand(1, key.shape[1], -1, -1).contiguous()
+    )
     counts = names.sum(0)[:, None]
 
     def shares(output: Tensor) -> list[list[float]]:
