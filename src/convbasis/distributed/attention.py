@@ -126,8 +126,8 @@ def conv_basis_attention(
         With W ranks, time and memory of one process for H / W heads. A rank sends (2 d + 2 d_v) n / W²
         numbers of each head to each other rank, or (k + 2 d_v) n / W² with logits. Where columns are
         spread, logits (or queries and keys) go to all ranks of a head: k n or 2 d n numbers in each.
-        With spectra a rank sends about 2 k + 4 d_v (1 + k / b) numbers of float64 for each of its
-        tokens and heads, with b blocks of all ranks, and holds b + k of them.
+        With spectra a rank sends at most 2 k + 2 d_v (2 + k / b) numbers of float64 for each of its
+        tokens and heads, with b blocks of all ranks, about as many as segments.
 
     Source:
         All-to-all between tokens and heads: DeepSpeed-Ulysses (arXiv 2309.14509). Columns: F4, a

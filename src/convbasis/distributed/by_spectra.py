@@ -43,6 +43,11 @@ class Given(NamedTuple):
         """Return those that there are."""
         return [x for x in self if x is not None]
 
+    def detached(self) -> Given:
+        """Return the same without what made them."""
+        biases = (None if x is None else x.detach() for x in (self.key_bias, self.lag_bias))
+        return Given(self.logits.detach(), self.value.detach(), *biases)
+
 
 def attend_by_spectra(
     tokens: Tokens, grid: Grid, given: Given, firsts: Tensor, real: Tensor | None
@@ -117,7 +122,7 @@ class _Call:
         needed: bool,
     ) -> None:
         self.tokens, self.ranks, self.grid, self.needed = tokens, tokens.ranks, grid, needed
-        self.given = Given(*(None if x is None else x.detach() for x in given))
+        self.given = given.detached()
         self.firsts, self.real = firsts, real
         self.device = given.value.device
         self.batch, self.heads, _, self.segments = given.logits.shape
@@ -288,7 +293,7 @@ class _Call:
         begin = [cut.block * size for cut in self.cuts]
         own = [cut.block - self.grid.each * self.ranks.rank for cut in self.cuts]
         edges = [[cut.low - b, cut.high - b] for cut, b in zip(self.cuts, begin, strict=True)]
-        low, high = torch.tensor(edges, dtype=torch.int64, device=self.device).view(-1, 2).t()
+        low, high = torch.tensor(edges, dtype=torch.int64, device=self.device).view(-1, 2).unbind(-1)
         places = torch.arange(size, device=self.device)
         inside = (places >= low[:, None]) & (places < high[:, None])
         blocks = columns.unflatten(2, (self.grid.each, size))
