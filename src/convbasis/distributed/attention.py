@@ -269,7 +269,7 @@ def _attend(
         few = given is not None and given.shape[-1] <= d
         by_segment &= spread_out and few and query.dtype not in _HALF
         by_segment |= layout == "spectra"
-    grid = None
+    grid: Grid | None = None
     if by_segment:
         assert given is not None
         # Logits of a half type would be rounded as those of one process are not.
