@@ -1,4 +1,4 @@
-"""Checks that run in the ranks of one launch: ranks that exchange spectra against one process in float64."""
+"""Checks that run in the ranks of one launch: spectra over ranks against one process in float64."""
 
 import pytest
 import torch
@@ -14,7 +14,9 @@ LOST = "rows are lost in the rounding of spectra over ranks"
 LIMIT = {torch.float32: 1e-5, torch.float64: 1e-8}
 
 
-def against_float64(rank, ranks, tensors, kind, more=(), mask=None, lag_bias=None, lost=False, **options):
+def against_float64(
+    rank, ranks, tensors, kind, more=(), mask=None, lag_bias=None, lost=False, **options
+):
     """Compare output and gradients, and check what ran.
 
     Args:
@@ -22,25 +24,26 @@ def against_float64(rank, ranks, tensors, kind, more=(), mask=None, lag_bias=Non
         lost: whether rows are lost, so that columns are spread.
     """
     n, dtype = tensors[0].shape[2], tensors[0].dtype
-    lengths, mesh = split(n, ranks, kind), mesh_of(ranks)
+    lengths = split(n, ranks, kind)
+    over = {"mesh": mesh_of(ranks), "layout": "spectra", "timeout": 60}
+    one = {name: x for name, x in options.items() if name != "exchange"}
     own_mask = None if mask is None else own(mask, lengths, rank, 1)
     keyed = bool(more)
 
     def biases(rest):
-        return {"key_bias": rest[0] if keyed else None, "lag_bias": rest[-1] if len(rest) > keyed else None}
+        return {
+            "key_bias": rest[0] if keyed else None,
+            "lag_bias": rest[-1] if len(rest) > keyed else None,
+        }
 
     def single(q, k, v, *rest):
         known = {name: None if x is None else x.double() for name, x in biases(rest).items()}
         wide = [x.double() for x in (q, k, v)]
-        return cb.conv_basis_attention(
-            *wide, enable_gqa=True, key_padding_mask=mask, **known, **options
-        )
+        return cb.conv_basis_attention(*wide, enable_gqa=True, key_padding_mask=mask, **known, **one)
 
     def sharded(q, k, v, *rest):
-        output = distributed.conv_basis_attention(
-            q, k, v, mesh=mesh, enable_gqa=True, key_padding_mask=own_mask, layout="spectra", timeout=60,
-            **biases(rest), **options,
-        )  # fmt: skip
+        known = {"key_padding_mask": own_mask, **biases(rest), **over, **options}
+        output = distributed.conv_basis_attention(q, k, v, enable_gqa=True, **known)
         ran = cb.last_dispatch()
         assert output.dtype == dtype
         assert (LOST in ran.reason) == lost, ran
@@ -77,13 +80,9 @@ def biased_and_padded(rank, ranks):
     tensors = inputs(2, 4, 2, n, 8, 5)
     by_key, by_lag = torch.randn(2, 4, n), torch.randn(2, 4, n)
     against_float64(rank, ranks, tensors, "even", mask=real, segment_length=20)
-    against_float64(
-        rank, ranks, tensors, "uneven", [by_key], lag_bias=by_lag, segment_length=60
-    )
+    against_float64(rank, ranks, tensors, "uneven", [by_key], lag_bias=by_lag, segment_length=60)
     tensors[0][0, :, :30] = float("nan")  # never used
-    against_float64(
-        rank, ranks, tensors, "even", [by_key], real, by_lag, segment_length=20
-    )
+    against_float64(rank, ranks, tensors, "even", [by_key], real, by_lag, segment_length=20)
 
 
 def values_that_begin_late(rank, ranks):
@@ -110,7 +109,9 @@ def lost_rows(rank, ranks):
 def half_types(rank, ranks):
     tensors = inputs(1, 1, 1, 100, 8, 8, torch.bfloat16)
     lengths = split(100, ranks)
-    want = own(cb.conv_basis_attention(*(x.double() for x in tensors), segment_length=20), lengths, rank)
+    want = own(
+        cb.conv_basis_attention(*(x.double() for x in tensors), segment_length=20), lengths, rank
+    )
     mine = [own(x, lengths, rank) for x in tensors]
     options = {"segment_length": 20, "layout": "spectra"}
     found = distributed.conv_basis_attention(*mine, mesh=mesh_of(ranks), **options)

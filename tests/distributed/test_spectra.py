@@ -1,4 +1,4 @@
-"""Ranks that exchange spectra compute what one process does in float64; the checks are in spectra_checks."""
+"""Ranks that exchange spectra compute what one process does; the checks are in spectra_checks.py."""
 
 import pytest
 import spectra_checks
@@ -81,11 +81,11 @@ def test_spectra_have_fewer_bytes_with_few_heads_and_many_ranks():
 
 def test_what_a_rank_sends_of_spectra_falls_with_the_ranks():
     sizes = {"heads": 1, "head_dim": 64, "segments": 16}
-    few, many = (spectra_load(1 << 18, ranks, **sizes) for ranks in (32, 128))
-    assert many.sent_forward < 0.4 * few.sent_forward
-    assert many.sent_backward < 0.4 * few.sent_backward
-    columns = [attention_load(1 << 18, ranks, layout="columns", **sizes) for ranks in (32, 128)]
-    assert columns[1].sent_forward > 0.8 * columns[0].sent_forward
+    few, many = (spectra_load(1 << 18, ranks, **sizes) for ranks in (16, 64))
+    assert many.sent_forward < 0.3 * few.sent_forward
+    assert many.sent_backward < 0.3 * few.sent_backward
+    columns = [attention_load(1 << 18, ranks, layout="columns", **sizes) for ranks in (16, 64)]
+    assert columns[1].sent_forward > 0.7 * columns[0].sent_forward
     assert spectra_load(1 << 18, 1, **sizes).sent_forward == 0
-    biased = spectra_load(1 << 18, 32, key_bias=True, **sizes)
+    biased = spectra_load(1 << 18, 16, key_bias=True, **sizes)
     assert biased.sent_forward > few.sent_forward

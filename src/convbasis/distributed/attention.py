@@ -1,4 +1,4 @@
-"""conv_basis_attention over several ranks: each holds tokens, and computes heads, columns or spectra."""
+"""conv_basis_attention over several ranks: heads, columns or spectra for each of them."""
 
 from __future__ import annotations
 

@@ -136,7 +136,9 @@ class _Call:
         wanted = grid.lag_strips(whole if real is None else groups)
         self.of_logits = Strips(ranks, lengths, wanted, (len(self.lags), block, 1))
         self.of_values, self.of_biases = (
-            Strips(ranks, lengths, grid.token_strips(self.batch, columns), (1, grid.each * block, columns))
+            Strips(
+                ranks, lengths, grid.token_strips(self.batch, columns), (1, grid.each * block, columns)
+            )
             for columns in (self.width, 1)
         )
         self.stages: list[_Stage] | None = None
@@ -220,7 +222,7 @@ class _Call:
                 check_finite("key_bias", given.key_bias, own)
 
     def _tokens(self, known: Tensor | None) -> Tensor:
-        """Return what is known of all tokens, bool ``(B, n)``, for this rank's blocks, ``(b, tokens)``."""
+        """Return what is known of all tokens, bool ``(B, n)``, for those of this rank's blocks."""
         low, high = self.grid.tokens(self.ranks.rank)
         size = self.grid.each * self.grid.block
         found = torch.zeros((self.batch, size), dtype=torch.bool, device=self.device)
@@ -410,5 +412,7 @@ class _Call:
             lost = bool((visible & ~fine).any())
             usable = visible & (normaliser > 0)
         divisor = torch.where(usable, normaliser, 1.0)
-        rows = (numerator / divisor[..., None]).masked_fill(~(usable & seen)[..., None], 0.0)
+        # What sees zeros alone is zero, whatever the transform says; its gradient is not.
+        exact = torch.where(seen[..., None], numerator, numerator - numerator.detach())
+        rows = (exact / divisor[..., None]).masked_fill(~usable[..., None], 0.0)
         return rows.to(self.given.value.dtype), lost

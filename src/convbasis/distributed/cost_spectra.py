@@ -44,7 +44,7 @@ def spectra_load(
         starts: of the segments; uniform ones by default.
         key_bias: whether there are biases of keys, so that values are different in each head.
 
-    Complexity: O(segments · blocks + ranks²) time; blocks are at most about twice the segments or ranks.
+    Complexity: O(segments · blocks + ranks²) time, with about twice as many blocks as segments or ranks.
     """
     kv_heads, width = kv_heads or heads, value_dim or head_dim
     value_heads, columns = heads if key_bias else kv_heads, width + 1
