@@ -399,7 +399,8 @@ def predict(network: float) -> None:
             machine = transforms
             if layout == "columns":
                 other = spectra_load(n, ranks, segments=64, **MODEL)
-                if other.sent_forward < loads[0].sent_forward:
+                fewer = other.sent_forward < loads[0].sent_forward
+                if fewer and other.operations <= loads[0].operations:
                     loads[0], layout, machine = other, "spectra", wide
             near = hybrid_load(n, ranks, window=3584, columns=508, itemsize=2, **MODEL)
             ring = ring_load(n, ranks, itemsize=2, **MODEL)

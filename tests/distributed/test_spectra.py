@@ -5,7 +5,7 @@ import spectra_checks
 from processes import launch
 
 from convbasis.distributed.cost import attention_load
-from convbasis.distributed.cost_spectra import fewer_bytes, spectra_load
+from convbasis.distributed.cost_spectra import spectra_pay, spectra_load
 from convbasis.distributed.grid import Grid, grid_for
 from convbasis.distributed.shares import Sizes
 from convbasis.distributed.strips import Strip, numbers_between
@@ -69,13 +69,14 @@ def test_numbers_between_ranks():
     assert numbers_between(strips, [5, 4]) == [[9, 0], [6, 0]]
 
 
-def test_spectra_have_fewer_bytes_with_few_heads_and_many_ranks():
+def test_spectra_have_spectra_pay_with_few_heads_and_many_ranks():
     def fewer(heads, ranks, segments=16):
         starts = tuple(range(0, 1 << 16, (1 << 16) // segments))
-        return fewer_bytes(1 << 16, ranks, Sizes(heads, heads, 64), 64, starts, 4, False)
+        return spectra_pay(1 << 16, ranks, Sizes(heads, heads, 64), 64, starts, 4, False)
 
     assert [fewer(1, ranks) for ranks in (2, 4, 8, 64, 128)] == [False, False, False, True, True]
     assert not fewer(16, 64)  # nearly a head for each rank
+    assert not fewer(1, 512)  # more blocks than segments are more work
     assert fewer(1, 16, segments=64)  # more logits to send to all
 
 

@@ -25,7 +25,7 @@ from ..dispatch import Dispatch, check_backend, last_dispatch, logger, record_di
 from ..errors import InputError
 from .by_spectra import Given, attend_by_spectra
 from .call import Tokens, begin, opened, told
-from .cost_spectra import fewer_bytes
+from .cost_spectra import spectra_pay
 from .first_keys import first_real_keys, segment_logits_of, unit_keys
 from .grid import Grid, grid_for
 from .shares import Piece, Sizes, check_layout, for_heads, shares, whole_heads
@@ -99,8 +99,8 @@ def conv_basis_attention(
             each rank transforms its tokens and multiplies some frequencies, in float64: for segments
             and gradients of which logits can travel, ``backend="auto"`` and no max_bytes. Where
             rounding is too large a part of a row it becomes ``"columns"``, and `last_dispatch` says so.
-            ``"auto"``: heads where there are as many as ranks, else spectra where they have fewer
-            bytes than columns, else columns. It changes how, never what is computed.
+            ``"auto"``: heads where there are as many as ranks, else spectra where they take fewer
+            bytes and no more operations than columns, else columns. It changes how, never what is computed.
         exchange: what travels beside the values: ``"queries"``, queries and keys; ``"logits"``, the
             logits of each query with the first keys of all segments, for given segments and
             ``gradient="forward"``; ``"auto"``, logits where columns are spread, queries are not of a
@@ -366,7 +366,7 @@ def _grid(
     ranks, starts = tokens.ranks.size, tuple(given.tolist())
     sizes = Sizes(query.shape[1], key.shape[1], value.shape[-1])
     if layout == "auto" and not whole_heads(layout, sizes, ranks):
-        wanted = fewer_bytes(
+        wanted = spectra_pay(
             tokens.n, ranks, sizes, query.shape[-1], starts, value.element_size(), biased
         )
     else:

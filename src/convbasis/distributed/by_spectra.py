@@ -369,15 +369,19 @@ class _Call:
         window = kernel.index_select(-1, here) + shift[:, None] * kernel.index_select(-1, before)
         window = torch.cat([window, window.new_zeros((*window.shape[:-1], 1))], -1)
         pairs = grid.pairs(self.device)
-        blocks, count = pairs.shape
+        factor = torch.cat(pieces, 2).permute(0, 1, 4, 2, 3)
         sharing = heads // self.value_heads
-        matrix = window.index_select(-1, pairs.flatten())
-        matrix = matrix.view(batch, self.value_heads, sharing, bins, blocks, count).transpose(2, 3)
-        matrix = matrix.reshape(batch, self.value_heads, bins, sharing * blocks, count)
-        product = matrix @ torch.cat(pieces, 2).permute(0, 1, 4, 2, 3)
-        product = product.view(batch, self.value_heads, bins, sharing, blocks, columns)
-        product = product.permute(4, 0, 1, 3, 5, 2)
-        return torch.view_as_real(product.reshape(blocks * batch * heads * columns, bins))
+        parts = []
+        for low, high, count in grid.row_groups():
+            blocks = high - low
+            matrix = window.index_select(-1, pairs[low:high, :count].flatten())
+            matrix = matrix.view(batch, self.value_heads, sharing, bins, blocks, count).transpose(2, 3)
+            matrix = matrix.reshape(batch, self.value_heads, bins, sharing * blocks, count)
+            product = matrix @ factor[..., :count, :]
+            product = product.view(batch, self.value_heads, bins, sharing, blocks, columns)
+            product = product.permute(4, 0, 1, 3, 5, 2)
+            parts.append(product.reshape(blocks * batch * heads * columns, bins))
+        return torch.view_as_real(torch.cat(parts))
 
     def _divided(self, products: Tensor, entered: Tensor, reached: Tensor) -> tuple[Tensor, bool]:
         """Return the rows of this rank's blocks ``(B, H, tokens, d_v)``, and whether one is lost.

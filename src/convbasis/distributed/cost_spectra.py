@@ -1,4 +1,4 @@
-"""What exchanging spectra over ranks costs the busiest rank; and whether it sends the fewest bytes."""
+"""What exchanging spectra over ranks costs the busiest rank; and whether it is less than columns cost."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def spectra_load(
         starts: of the segments; uniform ones by default.
         key_bias: whether there are biases of keys, so that values are different in each head.
 
-    Complexity: O(segments · blocks + ranks²) time, with about twice as many blocks as segments or ranks.
+    Complexity: O(segments · blocks + ranks²) time, blocks are about as many as segments or ranks.
     """
     kv_heads, width = kv_heads or heads, value_dim or head_dim
     value_heads, columns = heads if key_bias else kv_heads, width + 1
@@ -57,7 +57,8 @@ def spectra_load(
     lags, cuts = ([len(own) for own in each] for each in (grid.lag_rows, grid.cuts))
     factors = [heads * lags[r] + value_heads * columns * cuts[r] for r in range(ranks)]
     products = grid.each * heads * columns
-    every, pieces, others = sum(factors), sum(cuts), ranks - 1
+    every, others = sum(factors), ranks - 1
+    met = sum((high - low) * pieces for low, high, pieces in grid.row_groups())
     first = itemsize * kv_heads * head_dim * -(-segments // ranks) * others
     by_token = kv_heads * width + (heads if key_bias else 0)
     own_tokens = heads * (head_dim + width) + kv_heads * (head_dim + width)
@@ -74,9 +75,9 @@ def spectra_load(
         backward = 2 * (products * rest + (every - factors[rank]) * own)
         rows = factors[rank] + products
         spectra = rows * grid.transform + 2 * own * (every + ranks * products)
-        matrix = 2 * own * heads * grid.blocks * pieces
+        matrix = 2 * own * heads * met
         working = TRANSFORM * grid.transform * math.log2(grid.transform) * rows
-        working += COMPLEX * own * heads * grid.blocks * pieces * columns
+        working += COMPLEX * own * heads * met * columns
         tokens = grid.block * (heads * lags[rank] + grid.each * (kv_heads + heads) * width)
         loads.append(
             Load(
@@ -92,7 +93,7 @@ def spectra_load(
 
 
 @lru_cache(maxsize=64)
-def fewer_bytes(
+def spectra_pay(
     n: int,
     ranks: int,
     sizes: Sizes,
@@ -101,7 +102,7 @@ def fewer_bytes(
     itemsize: int,
     key_bias: bool,
 ) -> bool:
-    """Return whether ranks that exchange spectra send fewer bytes than with value columns and logits.
+    """Return whether spectra take fewer bytes than value columns and logits, and no more operations.
 
     Args:
         n: tokens.
@@ -117,7 +118,8 @@ def fewer_bytes(
     known |= {"segments": len(starts), "itemsize": itemsize}
     columns = attention_load(n, ranks, layout="columns", exchange="logits", **known)
     spectra = spectra_load(n, ranks, starts=starts, key_bias=key_bias, **known)
-    return spectra.sent_forward < columns.sent_forward
+    fewer = spectra.sent_forward < columns.sent_forward
+    return fewer and spectra.operations <= columns.operations
 
 
 def _moved(wanted: Sequence[Sequence[Strip]], lengths: Sequence[int]) -> tuple[list[int], list[int]]:

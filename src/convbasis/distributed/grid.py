@@ -19,6 +19,8 @@ from .strips import Strip
 
 # Blocks are no shorter than this, unless there is one alone in each rank: bins come on top of them.
 _LEAST_BLOCK = 16
+# Blocks of rows are multiplied with the pieces before them in so many groups.
+_GROUPS = 8
 _ODD_FACTORS = tuple(3**a * 5**b * 7**c for a in range(8) for b in range(5) for c in range(4))
 
 
@@ -89,14 +91,22 @@ class Grid:
     @cached_property
     def cuts(self) -> list[list[Cut]]:
         """For each rank, the pieces of its blocks, in order."""
-        found: list[list[Cut]] = [[] for _ in range(self.ranks)]
+        blocks = self._cuts_by_block
+        return [
+            [cut for own in blocks[rank * self.each : (rank + 1) * self.each] for cut in own]
+            for rank in range(self.ranks)
+        ]
+
+    @cached_property
+    def _cuts_by_block(self) -> list[list[Cut]]:
+        found: list[list[Cut]] = [[] for _ in range(self.blocks)]
         stops = [*self.starts[1:], self.n]
         for segment, (start, stop) in enumerate(zip(self.starts, stops, strict=True)):
             low = start
             while low < min(stop, self.n):
                 block = low // self.block
                 high = min(stop, (block + 1) * self.block, self.n)
-                found[block // self.each].append(Cut(block, segment, low, high))
+                found[block].append(Cut(block, segment, low, high))
                 low = high
         return found
 
@@ -125,6 +135,15 @@ class Grid:
         distance = torch.arange(self.blocks, device=device)[:, None] - block
         window = segment * self.blocks + distance
         return torch.where(distance >= 0, window, len(self.starts) * self.blocks)
+
+    def row_groups(self) -> list[tuple[int, int, int]]:
+        """Return groups of blocks of rows, first and last, with how many pieces they may meet."""
+        step = -(-self.blocks // _GROUPS)
+        counts = [len(own) for own in self._cuts_by_block]
+        return [
+            (low, min(low + step, self.blocks), sum(counts[: low + step]))
+            for low in range(0, self.blocks, step)
+        ]
 
     def token_strips(self, batch: int, columns: int) -> list[list[Strip]]:
         """Return what each rank wants of tensors of tokens: the tokens of its blocks, in one row."""
