@@ -5,7 +5,7 @@ import spectra_checks
 from processes import launch
 
 from convbasis.distributed.cost import attention_load
-from convbasis.distributed.cost_spectra import spectra_pay, spectra_load
+from convbasis.distributed.cost_spectra import spectra_load, spectra_pay
 from convbasis.distributed.grid import Grid, grid_for
 from convbasis.distributed.shares import Sizes
 from convbasis.distributed.strips import Strip, numbers_between
@@ -69,7 +69,7 @@ def test_numbers_between_ranks():
     assert numbers_between(strips, [5, 4]) == [[9, 0], [6, 0]]
 
 
-def test_spectra_have_spectra_pay_with_few_heads_and_many_ranks():
+def test_spectra_pay_with_few_heads_and_many_ranks():
     def fewer(heads, ranks, segments=16):
         starts = tuple(range(0, 1 << 16, (1 << 16) // segments))
         return spectra_pay(1 << 16, ranks, Sizes(heads, heads, 64), 64, starts, 4, False)

@@ -100,7 +100,8 @@ def conv_basis_attention(
             and gradients of which logits can travel, ``backend="auto"`` and no max_bytes. Where
             rounding is too large a part of a row it becomes ``"columns"``, and `last_dispatch` says so.
             ``"auto"``: heads where there are as many as ranks, else spectra where they take fewer
-            bytes and no more operations than columns, else columns. It changes how, never what is computed.
+            bytes and no more operations than columns, else columns. It changes how, never what is
+            computed.
         exchange: what travels beside the values: ``"queries"``, queries and keys; ``"logits"``, the
             logits of each query with the first keys of all segments, for given segments and
             ``gradient="forward"``; ``"auto"``, logits where columns are spread, queries are not of a

@@ -1,4 +1,4 @@
-"""What exchanging spectra over ranks costs the busiest rank; and whether it is less than columns cost."""
+"""What exchanging spectra over ranks costs the busiest rank; and whether columns cost more."""
 
 from __future__ import annotations
 
