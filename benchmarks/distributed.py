@@ -49,8 +49,8 @@ CASES = {
     "spectra, k = 16": (1, 1, 16, "spectra"),
     "hybrid, window 256": (8, 2, 0, ""),
 }
-# heads of four ranks: a head for each, or columns of one.
-MEMORY = {"heads": 4, "columns": 1}
+# Layout and heads of four ranks: a head for each, or columns or spectra of one.
+MEMORY = {"heads": 4, "columns": 1, "spectra": 1}
 D, WINDOW, COLUMNS, SEGMENTS = 64, 256, 64, 16
 # Peak memory beside the inputs, of what the model holds; backward holds the inner graph and gradients.
 MOST = {"forward": 2.5, "backward": 5.0}
@@ -217,19 +217,21 @@ def memory(case: str, n: int, device: torch.device) -> dict[str, object]:
     mesh = init_device_mesh(device.type, (ranks,))
     generator = torch.Generator().manual_seed(dist.get_rank())
     mine = [torch.randn(1, heads, n // ranks, D, generator=generator).to(device) for _ in range(3)]
+    options = {"mesh": mesh, "segment_length": n // SEGMENTS, "layout": case}
     before = begin_memory(device)
     with torch.no_grad():
-        output = distributed.conv_basis_attention(*mine, mesh=mesh, segment_length=n // SEGMENTS)
+        output = distributed.conv_basis_attention(*mine, **options)
     forward = peak_memory(device) - before
     finite = bool(output.isfinite().all())
     del output
     for x in mine:
         x.requires_grad_()
     before = begin_memory(device)
-    output = distributed.conv_basis_attention(*mine, mesh=mesh, segment_length=n // SEGMENTS)
+    output = distributed.conv_basis_attention(*mine, **options)
     output.sum().backward()
     backward = peak_memory(device) - before
-    load = attention_load(n, ranks, heads=heads, head_dim=D, segments=SEGMENTS)
+    sizes = {"heads": heads, "head_dim": D, "segments": SEGMENTS}
+    load = spectra_load(n, ranks, **sizes) if case == "spectra" else attention_load(n, ranks, **sizes)
     return {
         "case": case,
         "ranks": ranks,
