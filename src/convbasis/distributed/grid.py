@@ -179,9 +179,7 @@ def smooth_length(minimum: int) -> int:
     [2, 12, 98, 1000, 4116]
     """
     return min(
-        odd << max(1, (-(-minimum // odd) - 1).bit_length())
-        for odd in _ODD_FACTORS
-        if odd <= max(1, minimum // 2)
+        odd << max(1, (-(-minimum // odd) - 1).bit_length()) for odd in _ODD_FACTORS if odd <= minimum
     )
 
 
