@@ -9,6 +9,7 @@ import convbasis as cb
 from convbasis import distributed
 from convbasis.distributed import attention
 from convbasis.distributed.cost_spectra import spectra_load
+from convbasis.distributed.ranks import state_of
 
 LOST = "rows are lost in the rounding of spectra over ranks"
 LIMIT = {torch.float32: 1e-5, torch.float64: 1e-8}
@@ -85,6 +86,14 @@ def biased_and_padded(rank, ranks):
     against_float64(rank, ranks, tensors, "even", [by_key], real, by_lag, segment_length=20)
 
 
+def logits_beyond_the_last_token(rank, ranks):
+    """Those of padding do not count, however large they are beside the others."""
+    query, key, value = inputs(1, 1, 1, 141, 8, 4, torch.float64)
+    tensors = [0.1 * query + 7, 0.1 * key - 7, value]
+    real = torch.arange(141)[None] < 100
+    against_float64(rank, ranks, tensors, "even", mask=real, segment_length=20)
+
+
 def values_that_begin_late(rank, ranks):
     """Rows that see zeros alone are zero, whatever a transform makes of them."""
     query, key, value = inputs(1, 1, 1, 90, 8, 4)
@@ -143,6 +152,21 @@ def chosen(rank, ranks):
         attention.spectra_pay = before
 
 
+def fewer_bytes(rank, ranks):
+    """Many segments and few value columns are enough for four ranks to have fewer bytes so."""
+    mesh = mesh_of(ranks)
+    mine = [own(x, split(1024, ranks), rank) for x in inputs(1, 1, 1, 1024, 64, 4)]
+    sent = []
+    for layout in ("columns", "auto"):
+        before = state_of(mesh.get_group()).sent
+        distributed.conv_basis_attention(*mine, mesh=mesh, segment_length=16, layout=layout)
+        sent.append(state_of(mesh.get_group()).sent - before)
+    most = torch.tensor(sent)
+    torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
+    assert (cb.last_dispatch().backend == "spectra") == (ranks == 4)
+    assert (int(most[1]) < int(most[0])) == (ranks == 4)
+
+
 def refused(rank, ranks):
     lengths = split(60, ranks)
     mine = [own(x, lengths, rank) for x in inputs(1, 1, 1, 60, 8, 4)]
@@ -173,10 +197,12 @@ CHECKS = (
     shapes,
     in_float64,
     biased_and_padded,
+    logits_beyond_the_last_token,
     values_that_begin_late,
     lost_rows,
     half_types,
     chosen,
+    fewer_bytes,
     refused,
     second_backward,
 )

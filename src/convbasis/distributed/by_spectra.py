@@ -236,16 +236,16 @@ class _Call:
         return block[:, None] * self.grid.block + every
 
     def _exist(self) -> Tensor:
-        """Return which lags have rows, in segments that have real keys, ``(B, 1, rows, M)``."""
-        n = self.grid.n
+        """Return which lags have rows up to the last real token, ``(B, 1, rows, M)``.
+
+        Rows of padding after that have logits of 0, which may be large beside the others.
+        """
         segment = torch.tensor([r for r, _ in self.lags], dtype=torch.int64, device=self.device)
-        exist = self._lags() < n - self.firsts[:, segment, None]
+        stop = torch.full((self.batch, 1), self.grid.n, device=self.device)
         if self.real is not None:
-            starts = torch.tensor(self.grid.starts, device=self.device)
-            owner = torch.searchsorted(starts, torch.arange(n, device=self.device), right=True) - 1
-            keys = self.real.new_zeros((self.batch, self.segments), dtype=torch.int64)
-            keys.index_add_(1, owner, self.real.long())
-            exist &= (keys > 0)[:, segment, None]
+            position = torch.arange(1, self.grid.n + 1, device=self.device)
+            stop = (position * self.real).amax(-1, keepdim=True)
+        exist = self._lags() < (stop - self.firsts[:, segment])[..., None]
         return exist[:, None]
 
     def _peaks(self, logits: Tensor, by_key: Tensor | None) -> list[Tensor]:
