@@ -33,21 +33,24 @@ from torch.distributed.device_mesh import init_device_mesh
 import convbasis as cb
 from convbasis import distributed
 from convbasis.distributed.cost import Machine, attention_load, hybrid_load, ring_load
+from convbasis.distributed.cost_spectra import spectra_load
 from convbasis.distributed.ranks import state_of
 
 ROOT = Path(__file__).parent.parent
 RANKS = (1, 2, 3, 4)
-# heads, key-value heads, segments, what travels; hybrid attention where segments are 0.
+# heads, key-value heads, segments, what travels (spectra: a layout); hybrid attention where segments
+# are 0.
 CASES = {
     "heads, k = 16": (8, 8, 16, "queries"),
     "heads, k = 16, logits": (8, 8, 16, "logits"),
     "heads, GQA, k = 128": (8, 2, 128, "queries"),
     "columns, k = 16": (1, 1, 16, "logits"),
     "columns, k = 16, queries": (1, 1, 16, "queries"),
+    "spectra, k = 16": (1, 1, 16, "spectra"),
     "hybrid, window 256": (8, 2, 0, ""),
 }
-# heads of four ranks: a head for each, or columns of one.
-MEMORY = {"heads": 4, "columns": 1}
+# Layout and heads of four ranks: a head for each, or columns or spectra of one.
+MEMORY = {"heads": 4, "columns": 1, "spectra": 1}
 D, WINDOW, COLUMNS, SEGMENTS = 64, 256, 64, 16
 # Peak memory beside the inputs, of what the model holds; backward holds the inner graph and gradients.
 MOST = {"forward": 2.5, "backward": 5.0}
@@ -87,7 +90,8 @@ def attend(case: str, tensors: list[torch.Tensor], n: int, mesh=None) -> torch.T
     more = {} if mesh is None else {"mesh": mesh}
     module = cb if mesh is None else distributed
     if segments:
-        more |= {"exchange": exchange} if more else {}
+        way = "layout" if exchange == "spectra" else "exchange"
+        more |= {way: exchange} if more else {}
         length = -(-n // segments)
         return module.conv_basis_attention(*tensors, segment_length=length, enable_gqa=True, **more)
     return module.hybrid_attention(*tensors, window=WINDOW, columns=COLUMNS, enable_gqa=True, **more)
@@ -96,6 +100,8 @@ def attend(case: str, tensors: list[torch.Tensor], n: int, mesh=None) -> torch.T
 def predicted(case: str, n: int, ranks: int):
     heads, kv_heads, segments, exchange = CASES[case]
     sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": D}
+    if exchange == "spectra":
+        return spectra_load(n, ranks, segments=segments, **sizes)
     if segments:
         return attention_load(n, ranks, segments=segments, exchange=exchange, **sizes)
     return hybrid_load(n, ranks, window=WINDOW, columns=COLUMNS, **sizes)
@@ -211,19 +217,21 @@ def memory(case: str, n: int, device: torch.device) -> dict[str, object]:
     mesh = init_device_mesh(device.type, (ranks,))
     generator = torch.Generator().manual_seed(dist.get_rank())
     mine = [torch.randn(1, heads, n // ranks, D, generator=generator).to(device) for _ in range(3)]
+    options = {"mesh": mesh, "segment_length": n // SEGMENTS, "layout": case}
     before = begin_memory(device)
     with torch.no_grad():
-        output = distributed.conv_basis_attention(*mine, mesh=mesh, segment_length=n // SEGMENTS)
+        output = distributed.conv_basis_attention(*mine, **options)
     forward = peak_memory(device) - before
     finite = bool(output.isfinite().all())
     del output
     for x in mine:
         x.requires_grad_()
     before = begin_memory(device)
-    output = distributed.conv_basis_attention(*mine, mesh=mesh, segment_length=n // SEGMENTS)
+    output = distributed.conv_basis_attention(*mine, **options)
     output.sum().backward()
     backward = peak_memory(device) - before
-    load = attention_load(n, ranks, heads=heads, head_dim=D, segments=SEGMENTS)
+    sizes = {"heads": heads, "head_dim": D, "segments": SEGMENTS}
+    load = spectra_load(n, ranks, **sizes) if case == "spectra" else attention_load(n, ranks, **sizes)
     return {
         "case": case,
         "ranks": ranks,
@@ -371,11 +379,13 @@ def check(found: list[dict[str, object]]) -> None:
 # bfloat16, and in transforms of float32, which memory holds up.
 PRODUCTS, TRANSFORMS = 4e14, 5e12
 MODEL = {"heads": 32, "kv_heads": 8, "head_dim": 128}
+ONE_HEAD = {"heads": 1, "head_dim": 64, "segments": 16}
 
 
 def predict(network: float) -> None:
     """Print what the model predicts for one layer, forward and backward."""
     products, transforms = Machine(PRODUCTS, network), Machine(TRANSFORMS, network)
+    wide = Machine(TRANSFORMS / 2, network)  # float64
     print(
         f"one layer, {MODEL['heads']} heads, {MODEL['kv_heads']} key-value heads, d = 128, forward and "
         f"backward, exchanges hidden behind work; {PRODUCTS:.0e} and {TRANSFORMS:.0e} operations/s in "
@@ -387,10 +397,17 @@ def predict(network: float) -> None:
     for n in (1 << 12, 1 << 14, 1 << 17, 1_000_000, 10_000_000, 100_000_000):
         for ranks in (8, 32, 128, 512):
             loads = [attention_load(n, ranks, segments=k, itemsize=4, **MODEL) for k in (64, 1024)]
+            layout = "heads" if ranks <= MODEL["heads"] else "columns"
+            machine = transforms
+            if layout == "columns":
+                other = spectra_load(n, ranks, segments=64, **MODEL)
+                fewer = other.sent_forward < loads[0].sent_forward
+                if fewer and other.operations <= loads[0].operations:
+                    loads[0], layout, machine = other, "spectra", wide
             near = hybrid_load(n, ranks, window=3584, columns=508, itemsize=2, **MODEL)
             ring = ring_load(n, ranks, itemsize=2, **MODEL)
             seconds = {
-                "k = 64": transforms.seconds(loads[0], backward=True)[1],
+                "k = 64": machine.seconds(loads[0], backward=True)[1],
                 "k = 1,024": transforms.seconds(loads[1], backward=True)[1],
                 "hybrid": products.seconds(near, backward=True)[1] if n // ranks >= 3584 else None,
                 "ring": products.seconds(ring, backward=True)[1],
@@ -398,11 +415,17 @@ def predict(network: float) -> None:
             known = {name: value for name, value in seconds.items() if value is not None}
             texts = ["" if value is None else f"{value:.2g}" for value in seconds.values()]
             sent = (loads[0].sent_forward + loads[0].sent_backward) / 1e9
-            layout = "heads" if ranks <= MODEL["heads"] else "columns"
             print(
                 f"| {n:,} | {ranks} | {layout} | {sent:.2f} | {' | '.join(texts)} "
                 f"| {min(known, key=lambda name: known[name])} |"
             )
+    tokens = 1 << 20
+    print(f"\nMB that a rank sends forward: one head, d = 64, k = 16, float32, {tokens:,} tokens\n")
+    print("| ranks | columns | spectra | spectra / columns |\n|---|---|---|---|")
+    for ranks in (2, 4, 8, 16, 32, 64, 128, 256):
+        columns = attention_load(tokens, ranks, layout="columns", **ONE_HEAD).sent_forward
+        spectra = spectra_load(tokens, ranks, **ONE_HEAD).sent_forward
+        print(f"| {ranks} | {columns / 1e6:.1f} | {spectra / 1e6:.1f} | {spectra / columns:.2f} |")
 
 
 def main() -> None:

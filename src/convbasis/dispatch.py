@@ -19,7 +19,8 @@ class Dispatch:
     """What one call ran, and why.
 
     Attributes:
-        backend: ``"partitioned"``, ``"direct"``, ``"fft"`` or ``"reference"``.
+        backend: ``"partitioned"``, ``"direct"``, ``"fft"`` or ``"reference"``; over ranks also
+            ``"spectra"``, or ``"none"`` for a rank that had nothing to compute.
         reason: why this backend.
         rows_recomputed: rows, over all heads, that drowned in the rounding of the transforms and
             were evaluated directly.

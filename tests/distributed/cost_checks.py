@@ -34,10 +34,10 @@ def sent(rank, ranks):
     return found
 
 
-def measured(rank, lengths, mesh, heads, call, options, load):
-    tensors = inputs(1, *heads, N, D, D)
+def measured(rank, lengths, mesh, heads, call, options, load, n=N, heavy=8):
+    tensors = inputs(1, *heads, n, D, D)
     # The first tokens are heavy: the rank that has them sends all columns.
-    tensors[1][:, :, :16] *= 8
+    tensors[1][:, :, :16] *= heavy
     mine = [own(x, lengths, rank).requires_grad_() for x in tensors]
     group = state_of(mesh.get_group())
     counted = [group.sent]

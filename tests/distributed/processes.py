@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["sharded_checks", "model_checks", "failing_checks"])
+_CONTEXT.set_forkserver_preload(["sharded_checks", "model_checks", "failing_checks", "spectra_checks"])
 
 
 _serving = threading.Lock()  # several threads launch at a time

@@ -7,6 +7,7 @@ import cost_checks
 import model_checks
 import pytest
 import sharded_checks
+import spectra_checks
 import torch
 import torch.distributed as dist
 
@@ -22,7 +23,7 @@ def group(tmp_path_factory):
     dist.destroy_process_group()
 
 
-CHECKS = (*sharded_checks.CHECKS, *model_checks.CHECKS)
+CHECKS = (*sharded_checks.CHECKS, *model_checks.CHECKS, *spectra_checks.CHECKS)
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)

@@ -1,8 +1,9 @@
-"""conv_basis_attention over several ranks: each holds tokens, and computes heads or value columns."""
+"""conv_basis_attention over several ranks: heads, columns or spectra for each of them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,10 +21,13 @@ from ..checks import (
     compute_dtype,
     describe,
 )
-from ..dispatch import check_backend
+from ..dispatch import Dispatch, check_backend, last_dispatch, logger, record_dispatch
 from ..errors import InputError
+from .by_spectra import Given, attend_by_spectra
 from .call import Tokens, begin, opened, told
+from .cost_spectra import spectra_pay
 from .first_keys import first_real_keys, segment_logits_of, unit_keys
+from .grid import Grid, grid_for
 from .shares import Piece, Sizes, check_layout, for_heads, shares, whole_heads
 from .transport import Part, Roads, gather_tokens, spread
 
@@ -63,7 +67,8 @@ def conv_basis_attention(
     All ranks of the mesh call it together, each with its own tokens: the sequence is theirs in the
     order of the ranks. Each computes some heads for all tokens, or, where there are fewer heads than
     ranks, some value columns of a head; one exchange brings it what that takes, another brings every
-    rank the output of its tokens. Backward goes the same way back, so that all ranks must call it.
+    rank the output of its tokens. Many ranks of few heads exchange spectra of their tokens instead.
+    Backward goes the same way back, so that all ranks must call it.
 
     Args:
         query: ``(B, H, m, d)``, of this rank's m tokens, which may differ from rank to rank and may be
@@ -90,8 +95,13 @@ def conv_basis_attention(
         gradient: ``"forward"`` or ``"attention"``.
         backend: as with one process.
         max_bytes: as with one process.
-        layout: ``"heads"``, whole heads for each rank; ``"columns"``, value columns; ``"auto"``, heads
-            where there are as many as ranks. It changes how, never what is computed.
+        layout: ``"heads"``, whole heads for each rank; ``"columns"``, value columns; ``"spectra"``,
+            each rank transforms its tokens and multiplies some frequencies, in float64: for segments
+            and gradients of which logits can travel, ``backend="auto"`` and no max_bytes. Where
+            rounding is too large a part of a row it becomes ``"columns"``, and `last_dispatch` says so.
+            ``"auto"``: heads where there are as many as ranks, else spectra where they take fewer
+            bytes and no more operations than columns, else columns. It changes how, never what is
+            computed.
         exchange: what travels beside the values: ``"queries"``, queries and keys; ``"logits"``, the
             logits of each query with the first keys of all segments, for given segments and
             ``gradient="forward"``; ``"auto"``, logits where columns are spread, queries are not of a
@@ -117,6 +127,8 @@ def conv_basis_attention(
         With W ranks, time and memory of one process for H / W heads. A rank sends (2 d + 2 d_v) n / W²
         numbers of each head to each other rank, or (k + 2 d_v) n / W² with logits. Where columns are
         spread, logits (or queries and keys) go to all ranks of a head: k n or 2 d n numbers in each.
+        With spectra a rank sends at most 2 k + 2 d_v (2 + k / b) numbers of float64 for each of its
+        tokens and heads, with b blocks of all ranks, about as many as segments.
 
     Source:
         All-to-all between tokens and heads: DeepSpeed-Ulysses (arXiv 2309.14509). Columns: F4, a
@@ -246,6 +258,9 @@ def _attend(
             document_starts(segments["starts"], document_lengths, query.device)
     else:
         given = check_segments(batch, heads, n, query.device, **segments, warn=False).starts
+    reason = _why_no_spectra(exchange, given, gradient, backend, max_bytes)
+    if layout == "spectra" and reason is not None:
+        raise InputError(f"layout='spectra' cannot be used with {reason}: use layout='auto'")
     real = tokens.gather_mask(mask)
     sizes = Sizes(heads, key.shape[1], value.shape[-1])
     pieces = shares(layout, sizes, tokens.ranks.size)
@@ -254,6 +269,8 @@ def _attend(
         spread_out = not whole_heads(layout, sizes, tokens.ranks.size)
         few = given is not None and given.shape[-1] <= d
         by_segment &= spread_out and few and query.dtype not in _HALF
+        by_segment |= layout == "spectra"
+    grid: Grid | None = None
     if by_segment:
         assert given is not None
         # Logits of a half type would be rounded as those of one process are not.
@@ -264,6 +281,17 @@ def _attend(
         places = first_real_keys(given, real, batch, n)
         first = gather_tokens(tokens.ranks, tokens.lengths, key, places)
         logits = segment_logits_of(query, first, factor)
+        if reason is None:
+            grid = _grid(layout, tokens, given, query, key, value, key_bias is not None)
+        if grid is not None:
+            by_key = tensors[3] if key_bias is not None else None
+            output = attend_by_spectra(
+                tokens, grid, Given(logits, value, by_key, lag_bias), places, real
+            )
+            if output is not None:
+                why = f"{grid.blocks} blocks over {tokens.ranks.size} ranks, which exchange spectra"
+                record_dispatch(Dispatch("spectra", why))
+                return output
         tensors = [logits, value, *tensors[3:]]
         segments = {"starts": given}
     roads = Roads(
@@ -311,7 +339,58 @@ def _attend(
             )
         return outputs
 
-    return spread(roads, local, tensors, [] if lag_bias is None else [lag_bias])
+    output = spread(roads, local, tensors, [] if lag_bias is None else [lag_bias])
+    if grid is not None:
+        _tell_lost(bool(own_pieces))
+    return output
+
+
+def _why_no_spectra(
+    exchange: str, given: Tensor | None, gradient: str, backend: str, max_bytes: int | None
+) -> str | None:
+    """Return what keeps ranks from exchanging spectra, or None."""
+    if given is None or given.ndim != 1:
+        return "segments that are recovered, packed or different in each head"
+    if gradient != "forward":
+        return f"gradient={gradient!r}"
+    if exchange == "queries":
+        return f"exchange={exchange!r}"
+    if backend != "auto":
+        return f"backend={backend!r}"
+    return None if max_bytes is None else f"max_bytes={max_bytes}"
+
+
+def _grid(
+    layout: str, tokens: Tokens, given: Tensor, query: Tensor, key: Tensor, value: Tensor, biased: bool
+) -> Grid | None:
+    """Return the blocks of ranks that exchange spectra; None where they do not."""
+    ranks, starts = tokens.ranks.size, tuple(given.tolist())
+    sizes = Sizes(query.shape[1], key.shape[1], value.shape[-1])
+    if layout == "auto" and not whole_heads(layout, sizes, ranks):
+        wanted = spectra_pay(
+            tokens.n, ranks, sizes, query.shape[-1], starts, value.element_size(), biased
+        )
+    else:
+        wanted = layout == "spectra"
+    if not wanted:
+        return None
+    value_heads = sizes.heads if biased else sizes.kv_heads
+    return grid_for(tokens.n, ranks, starts, sizes.heads, value_heads, sizes.width + 1)
+
+
+def _tell_lost(computed: bool) -> None:
+    """Record that columns took the place of spectra.
+
+    Args:
+        computed: whether this rank has computed anything, and recorded it.
+    """
+    ran = last_dispatch() if computed else None
+    reason = "rows are lost in the rounding of spectra over ranks, so that columns are spread"
+    logger.warning("%s", reason)
+    if ran is None:
+        record_dispatch(Dispatch("none", reason))
+    else:
+        record_dispatch(replace(ran, reason=f"{ran.reason}; {reason}"))
 
 
 def _logits_travel(exchange: object, given: Tensor | None, gradient: str) -> bool:

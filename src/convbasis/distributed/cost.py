@@ -14,11 +14,11 @@ from ..hybrid.window import QUERIES, Window
 from .halo import halo_begin
 from .shares import Piece, Sizes, length_of, shares, whole_heads
 
-_TRANSFORM = 2.5  # operations of a real transform, for each entry and binary digit of its length
-_COMPLEX = 8.0  # of a complex multiplication and addition
+TRANSFORM = 2.5  # operations of a real transform, for each entry and binary digit of its length
+COMPLEX = 8.0  # of a complex multiplication and addition
 _BACKWARD = 3.0  # products that the gradients take, as in attention/cost.py
 _EXACT_BACKWARD = 2.5  # of exact attention, whose logits are made once more
-_FIELD = 8  # bytes of an integer
+FIELD = 8  # bytes of an integer
 
 
 class Load(NamedTuple):
@@ -125,7 +125,7 @@ def attention_load(
         backward = length * sum(makes[other] for other in others) + elsewhere * needs[rank] + first
         loads.append(
             Load(
-                batch * itemsize * forward + 4 * _FIELD * (ranks - 1),
+                batch * itemsize * forward + 4 * FIELD * (ranks - 1),
                 batch * itemsize * backward,
                 batch * sum(_operations(n, piece, inner, segments) for piece in pieces[rank]),
                 batch * (length * own_tokens + n * (needs[rank] + makes[rank])),
@@ -171,12 +171,12 @@ def hybrid_load(
     # All columns may be of one rank; those that it has go to all others.
     distant = (sinks + columns) * heads * 2 * head_dim * min(1, others)
     weighing = heads * (samples * (1 + head_dim / ranks) + columns) * others
-    numbers = itemsize * (halo + distant * others + weighing) + _FIELD * heads * columns * others
+    numbers = itemsize * (halo + distant * others + weighing) + FIELD * heads * columns * others
     keys = window + sinks + columns
     work = 4.0 * length * heads * keys * head_dim + 4.0 * samples * length * heads * head_dim
     held = length * 2 * (heads + kv_heads) * head_dim + halo
     return Load(
-        int(batch * numbers) + 4 * _FIELD * others,
+        int(batch * numbers) + 4 * FIELD * others,
         batch * itemsize * (halo + distant),
         batch * work,
         batch * held,
@@ -217,5 +217,5 @@ def _operations(n: int, piece: Piece, inner: int, segments: int) -> float:
     found = []
     for sizes in candidates(work):
         amounts = partitioned_amounts(work, sizes)
-        found.append(amounts.flops + _TRANSFORM * amounts.transformed + _COMPLEX * amounts.summed)
+        found.append(amounts.flops + TRANSFORM * amounts.transformed + COMPLEX * amounts.summed)
     return min(found)

@@ -36,10 +36,11 @@ def length_of(part: slice) -> int:
 
 
 def check_layout(layout: object) -> None:
-    """Check the name of a layout."""
-    if layout not in LAYOUTS:
+    """Check the name of a layout of attention with a conv basis."""
+    known = (*LAYOUTS, "spectra")
+    if layout not in known:
         raise InputError(
-            f"layout={describe(layout)} is not known; use one of {', '.join(map(repr, LAYOUTS))}"
+            f"layout={describe(layout)} is not known; use one of {', '.join(map(repr, known))}"
         )
 
 

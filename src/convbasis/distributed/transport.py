@@ -19,6 +19,12 @@ Part = tuple[int, slice, slice]
 # outputs ``(B, heads, n, columns)`` of its pieces.
 Local = Callable[[list[Tensor], list[Tensor]], list[Tensor]]
 
+# What a second backward pass says.
+SPENT = (
+    "a second backward pass over the same output: what it needs is gone after the first; "
+    "compute the output again, or add up the losses before backward"
+)
+
 
 class Roads(NamedTuple):
     """What goes where."""
@@ -123,10 +129,7 @@ class _Spread(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         roads: Roads = ctx.roads
         if ctx.graph is None:
-            raise ConvBasisError(
-                "a second backward pass over the same output: what it needs is gone after the first; "
-                "compute the output again, or add up the losses before backward"
-            )
+            raise ConvBasisError(SPENT)
         arrived, everywhere, outputs = ctx.graph
         ctx.graph = None
         incoming = roads.from_tokens(grad)
