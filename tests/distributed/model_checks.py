@@ -7,7 +7,7 @@ import pytest
 import tiny_models
 import torch
 from comparison import assert_close
-from sharded_checks import inputs, mesh_of, own, split
+from sharded_checks import inputs, mesh_of, own, run_all, split
 from tiny_models import EVERYTHING, LITTLE, build, plan_for
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -407,7 +407,5 @@ CHECKS = (
 
 
 def everything(rank, ranks):
-    for check in CHECKS:
-        torch.manual_seed(0)
-        check(rank, ranks)
+    run_all(CHECKS, rank, ranks)
     return True

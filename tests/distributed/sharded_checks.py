@@ -307,8 +307,13 @@ CHECKS = (
 )
 
 
-def everything(rank, ranks):
-    for check in CHECKS:
+def run_all(checks, rank, ranks):
+    """Run checks one after the other, each from the same seed."""
+    for check in checks:
         torch.manual_seed(0)
         check(rank, ranks)
+
+
+def everything(rank, ranks):
+    run_all(CHECKS, rank, ranks)
     return True

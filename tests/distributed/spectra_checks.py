@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cost_checks import measured
-from sharded_checks import compare, inputs, mesh_of, own, split
+from sharded_checks import compare, inputs, mesh_of, own, run_all, split
 
 import convbasis as cb
 from convbasis import distributed
@@ -210,9 +210,7 @@ CHECKS = (
 
 def everything(rank, ranks):
     """Run all checks, and return bytes as predicted and as counted."""
-    for check in CHECKS:
-        torch.manual_seed(0)
-        check(rank, ranks)
+    run_all(CHECKS, rank, ranks)
     return sent(rank, ranks)
 
 

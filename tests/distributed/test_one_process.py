@@ -10,7 +10,9 @@ import sharded_checks
 import spectra_checks
 import torch
 import torch.distributed as dist
+from sharded_checks import mesh_of
 
+import convbasis as cb
 from convbasis import distributed
 from convbasis.distributed import failure, handshake
 
@@ -142,3 +144,16 @@ def test_fingerprints_tell_tensors_apart():
     assert handshake.fingerprint(starts) == handshake.fingerprint(starts.clone())
     assert handshake.fingerprint(starts) != handshake.fingerprint(starts + 1)
     assert handshake.fingerprint(starts) != handshake.fingerprint(starts.float())
+
+
+def test_values_that_cancel_are_lost_though_little_is_left_of_them(group):
+    """What a transform takes is larger than what it gives, and rounds as much."""
+    n = 2000
+    query = torch.zeros(1, 1, n, 4, dtype=torch.float64)
+    value = torch.ones(1, 1, n, 2, dtype=torch.float64)
+    value[:, :, 1::2] = -1 + 1e-5
+    options = {"segment_length": n, "layout": "spectra"}
+    output = distributed.conv_basis_attention(query, query, value, mesh=mesh_of(1), **options)
+    assert "lost" in cb.last_dispatch().reason
+    means = value.cumsum(2) / torch.arange(1, n + 1, dtype=torch.float64)[:, None]
+    assert (output - means).norm(dim=-1).div(means.norm(dim=-1)).max() < 1e-9
