@@ -233,9 +233,10 @@ def score(options: argparse.Namespace) -> None:
     methods["plain conv basis, segments of 64"] = Plain()
     if options.methods:
         methods = {name: methods[name] for name in ("exact", *options.methods)}
-    rows = _score_texts(loaded, methods, texts(options.text), options)
+    place = options.folder / "pretrained.json"
+    rows = _score_texts(loaded, methods, texts(options.text), options, place)
     table(rows)
-    _save(options.folder / "pretrained.json", rows, plans={name: repr(x) for name, x in plans.items()})
+    _save(place, rows, plans={name: repr(x) for name, x in plans.items()})
 
 
 def parts(options: argparse.Namespace) -> None:
@@ -249,7 +250,7 @@ def parts(options: argparse.Namespace) -> None:
     else:
         methods: dict[str, Method] = {"exact": None}
         methods |= {name: Planned(uniform(plan, own), False) for name, own in settings.items()}
-        rows = _score_texts(loaded, methods, texts(options.text, prose=True), options)
+        rows = _score_texts(loaded, methods, texts(options.text, prose=True), options, place)
         _save(place, rows)
     ids = token_ids(loaded.tokenizer, sample_text(), max(options.lengths))
     costs: dict[tuple[int, str], list[float]] = {}
@@ -269,7 +270,7 @@ def parts(options: argparse.Namespace) -> None:
             mean, low, high = _interval([row["kl_by_stretch"] for row in own])
             print(
                 f"| {n:,} | {name} | {own[0]['cost']:.2f} | {mean:.4f} ({low:.4f} to {high:.4f}) "
-                f"| {max(row['kl'] for row in own):.4f} "
+                f"| {max(row['kl'] for row in _by_text(own)):.4f} "
                 f"| {statistics.fmean(row['top1'] for row in own):.1%} |"
             )
     _save(place, rows)
@@ -288,7 +289,8 @@ def curve(options: argparse.Namespace) -> None:
     for name, setting in {**UNIFORM, "window 256 + segments": PARTS["window 256 + segments"]}.items():
         methods[name] = Planned(uniform(plan, setting), False)
     methods["plain conv basis, segments of 64"] = Plain()
-    rows = _score_texts(loaded, methods, texts(options.text), options)
+    place = options.folder / "pretrained-curve.json"
+    rows = _score_texts(loaded, methods, texts(options.text), options, place)
     table(rows)
     points: dict[str, list[tuple[float, float]]] = {}
     for name, method in methods.items():
@@ -305,7 +307,7 @@ def curve(options: argparse.Namespace) -> None:
         f"SmolLM2-135M, {' and '.join(f'{n:,}' for n in options.lengths)} tokens",
         ROOT / "docs/figures/pareto.png",
     )
-    _save(options.folder / "pretrained-curve.json", rows)
+    _save(place, rows)
 
 
 def bounds(options: argparse.Namespace) -> None:
@@ -342,8 +344,19 @@ def bounds(options: argparse.Namespace) -> None:
     _save(options.folder / "pretrained-bounds.json", rows)
 
 
+def _by_text(rows: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """Means over the places of each text."""
+    return [
+        {
+            key: statistics.fmean(row[key] for row in rows if row["text"] == text)
+            for key in ("kl", "loss_ratio", "top1")
+        }
+        for text in dict.fromkeys(row["text"] for row in rows)
+    ]
+
+
 def _interval(by_text: list[list[float]]) -> tuple[float, float, float]:
-    """The mean over texts and its 95 % bootstrap interval, stretches drawn anew in each text."""
+    """The mean over prompts and its 95 % bootstrap interval, stretches drawn anew in each prompt."""
     generator = torch.Generator().manual_seed(0)
     means = torch.stack(
         [
@@ -356,21 +369,71 @@ def _interval(by_text: list[list[float]]) -> tuple[float, float, float]:
 
 
 def _score_texts(
-    loaded: Any, methods: dict[str, Method], sources: dict[str, str], options: argparse.Namespace
+    loaded: Any,
+    methods: dict[str, Method],
+    sources: dict[str, str],
+    options: argparse.Namespace,
+    place: Path,
 ) -> list[dict[str, Any]]:
-    rows = []
+    """Score every text; what is done is kept beside `place`, and a stopped run goes on from there."""
+    kept = _Unfinished(place, methods, options.repeats)
     with timed_attention(loaded.model) as clock:
         for n in options.lengths:
             for text, content in sources.items():
                 if options.kinds and text not in options.kinds:
                     continue
-                try:
-                    ids = token_ids(loaded.tokenizer, content, n)
-                except cb.InputError:
-                    print(f"{text} has fewer than {n} tokens: left out")
-                    continue
-                rows.extend(_score_text(loaded.model, methods, ids, n, text, clock, options.repeats))
-    return rows
+                for ids, at in _prompts(loaded.tokenizer, content, n, options.places):
+                    if not kept.has(ids):
+                        rows = _score_text(loaded.model, methods, ids, n, text, clock, options.repeats)
+                        kept.add([{**row, "place": at} for row in rows])
+    return kept.finish()
+
+
+def _prompts(tokenizer: Any, content: str, n: int, places: int) -> Iterator[tuple[torch.Tensor, int]]:
+    """Yield the n tokens at several places of a text, one after the other, as far as it reaches."""
+    for at in range(0, places * n, n):
+        try:
+            yield token_ids(tokenizer, content, at + n)[:, at:], at
+        except cb.InputError as error:
+            print(f"from token {at:,} on: {error}: left out", flush=True)
+            return
+
+
+class _Unfinished:
+    """Rows of a run that is not done, in a file, for the next run with the same methods."""
+
+    def __init__(self, place: Path, methods: dict[str, Method], repeats: int) -> None:
+        self.place = place.with_suffix(".unfinished.json")
+        self.run = {"repeats": repeats, "methods": {name: _identity(x) for name, x in methods.items()}}
+        self.rows: list[dict[str, Any]] = []
+        if self.place.is_file():
+            found = json.loads(self.place.read_text(encoding="utf-8"))
+            if found["run"] == self.run:
+                self.rows = found["rows"]
+                print(f"goes on after {len(self.rows)} rows of {self.place}", flush=True)
+
+    def has(self, ids: torch.Tensor) -> bool:
+        return any(row["ids_sha256"] == _sha256(ids) for row in self.rows)
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        self.rows.extend(rows)
+        save_text(self.place, json.dumps({"run": self.run, "rows": self.rows}) + "\n")
+
+    def finish(self) -> list[dict[str, Any]]:
+        self.place.unlink(missing_ok=True)
+        return self.rows
+
+
+def _identity(method: Method) -> str:
+    """What tells one method from another, whatever it is called."""
+    if isinstance(method, Planned):
+        content = repr((method.plan.heads, method.plan.tolerance, method.dynamic))
+        return hashlib.sha256(content.encode()).hexdigest()
+    return type(method).__name__
+
+
+def _sha256(ids: torch.Tensor) -> str:
+    return hashlib.sha256(ids.numpy().tobytes()).hexdigest()
 
 
 def _score_text(
@@ -402,7 +465,7 @@ def _score_text(
             found[name] = {
                 "n": n,
                 "text": text,
-                "ids_sha256": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
+                "ids_sha256": _sha256(ids),
                 "method": name,
                 "kl": float(kl.mean()),
                 "kl_standard_error": float(kl.std() / math.sqrt(len(kl))),
@@ -465,7 +528,8 @@ def table(rows: list[dict[str, Any]]) -> None:
         for name in dict.fromkeys(row["method"] for row in rows):
             own = [row for row in rows if row["n"] == n and row["method"] == name]
             mean: Callable[[str], float] = lambda key: statistics.fmean(row[key] for row in own)  # noqa: E731, B023
-            worst = max(abs(row["loss_ratio"] - 1) for row in own)
+            by_text = _by_text(own)
+            worst = max(abs(row["loss_ratio"] - 1) for row in by_text)
             kl, low, high = _interval([row["kl_by_stretch"] for row in own])
             kept = [
                 r["heads_approximated"] / sum(r[k] for k in r if k != "prefills")
@@ -480,9 +544,9 @@ def table(rows: list[dict[str, Any]]) -> None:
             ]
             print(
                 f"| {n:,} | {name} | {mean('attention_ratio'):.2f}x | {mean('prompt_ratio'):.2f}x "
-                f"| {kl:.4f} ({low:.4f} to {high:.4f}) / {max(row['kl'] for row in own):.4f} "
+                f"| {kl:.4f} ({low:.4f} to {high:.4f}) / {max(row['kl'] for row in by_text):.4f} "
                 f"| {mean('loss_ratio') - 1:+.2%} / {worst:.2%} "
-                f"| {mean('top1'):.1%} / {min(row['top1'] for row in own):.1%} "
+                f"| {mean('top1'):.1%} / {min(row['top1'] for row in by_text):.1%} "
                 f"| {'' if not kept else f'{statistics.fmean(kept):.1%}'} "
                 f"| {'' if not kept else f'{cheap:.1%}'} "
                 f"| {'' if not kept else f'{statistics.fmean(fallen):.1%}'} |"
@@ -604,6 +668,9 @@ def main() -> None:
             part.add_argument("--text", type=Path, nargs="*", default=[])
             part.add_argument("--kinds", nargs="*", default=[], help="of texts; all by default")
             part.add_argument("--methods", nargs="*", default=[])
+            part.add_argument(
+                "--places", type=int, default=1, help="of each text, as far as it reaches"
+            )
         if job is curve:
             budgets = [0.0005, 0.001, 0.002, 0.005, 0.02]
             part.add_argument("--budgets", type=float, nargs="+", default=budgets, help="KL, in nats")
