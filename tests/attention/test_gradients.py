@@ -10,6 +10,7 @@ from comparison import assert_close
 from factories import random_starts
 
 import convbasis as cb
+from convbasis.attention import by_transforms
 
 WAYS = ["direct", "partitioned", "fft", "auto"]
 NAMES = ("query", "key", "value", "key_bias", "lag_bias")
@@ -148,6 +149,31 @@ class TestOfTheForwardPass:
         far[0] *= 6.0  # a range of e^100 and more: logits are laid out before they are exponentiated
         found = gradients(far, weight, starts=starts, backend="direct")
         assert_gradients(oracle(far, weight, starts), found, 1e-4)
+
+    @pytest.mark.parametrize("gradient", ["forward", "attention"])
+    @pytest.mark.parametrize("biases", [False, True])
+    def test_a_head_worked_in_float64_keeps_its_inputs_in_float32(self, biases, gradient, monkeypatch):
+        n = 700
+        tensors = inputs(n, dtype=torch.float32)[: None if biases else 3]
+        options = {"segment_length": 100, "backend": "partitioned", "gradient": gradient}
+        options["key_padding_mask"] = torch.arange(n)[None] < n - 40
+        weight = incoming(tensors)
+        exact = gradients([x.double() for x in tensors], weight.double(), **options)
+        worked = []
+
+        def noted(windows, partition, x, weights, outer, *rest, **named):
+            worked.append((named["dtype"], outer.rows.dtype))
+            return products(windows, partition, x, weights, outer, *rest, **named)
+
+        products = by_transforms.partitioned_gradients
+        if gradient == "forward":
+            monkeypatch.setattr(by_transforms, "partitioned_gradients", noted)
+        monkeypatch.setattr(by_transforms, "_TOLERANCE", 0.0)
+        found = gradients(tensors, weight, **options)
+        assert_gradients(exact, found, 1e-6)
+        if gradient == "forward":
+            expected = [(torch.float32, torch.float32), (torch.float64, torch.float32)]
+            assert worked == expected * 2  # two heads
 
     def test_of_the_log_sum_exp_too(self):
         tensors = [x.requires_grad_() for x in inputs(12)]

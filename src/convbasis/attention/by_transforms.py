@@ -25,8 +25,9 @@ _RANGE = {torch.float32: 1 / 256, torch.float64: 1e-4}
 # More irregular rows than this part of a head, and than this number, are too many to be evaluated one
 # by one.
 _SHARE, _FEW = 0.02, 64
+_ROWS = 1 << 16  # that are converted at a time
 # The largest expected rounding error of a float32 gradient, relative to it in the Euclidean norm. That
-# of # values and kernels is known; products for queries and keys of attention have the same matrix.
+# of values and kernels is known; products for queries and keys of attention have the same matrix.
 _TOLERANCE = 3e-5
 
 
@@ -62,9 +63,7 @@ def head_gradients(
         count = int(irregular.sum())
         if count > _SHARE * n and count > _FEW:
             continue
-        worked = one._replace(work=dtype).cleaned()
-        own_rows = Incoming(*(tensor.to(dtype) for tensor in rows))
-        found = _Head(worked, partition, own_rows, irregular, wanted).evaluate()
+        found = _Head(one, dtype, partition, rows, irregular, wanted).evaluate()
         if found is not None:
             if count:
                 _add_irregular(one, rows, irregular.nonzero()[:, 0], wanted, found)
@@ -83,25 +82,28 @@ def _irregular(lse: Tensor, block: int, dtype: torch.dtype) -> Tensor:
 
 
 class _Head:
-    """The regular rows of one head, in one dtype."""
+    """The regular rows of one head, worked in one dtype; tensors of n d numbers stay in their own."""
 
     def __init__(
         self,
         one: Inputs,
+        dtype: torch.dtype,
         partition: Partition,
         rows: Incoming,
         irregular: Tensor,
         wanted: Wanted,
     ) -> None:
-        self.one, self.partition, self.wanted, self.dtype = one, partition, wanted, one.work
+        self.one, self.partition, self.wanted, self.dtype = one, partition, wanted, dtype
         self.query, self.key, self.value = one.query[0, 0], one.key[0], one.value[0]
         self.first = torch.tensor(partition.starts, device=self.query.device)
-        self.first_keys = self.key.index_select(0, self.first) * one.scale
-        self.lag_bias = None if one.lag_bias is None else one.lag_bias[0, 0]
-        weighted = one.key_weights()
+        self.first_keys = self.key.index_select(0, self.first).to(dtype) * one.scale
+        by_key, by_lag = one.key_bias, one.lag_bias
+        self.lag_bias = None if by_lag is None else by_lag[0, 0].to(dtype)
+        by_key = None if by_key is None else by_key.to(dtype)
+        weighted = one._replace(key_bias=by_key).key_weights()
         self.weighted = weighted is not None
-        self.weights = self.query.new_ones(partition.n)
-        offset = self.query.new_zeros(())
+        self.weights = torch.ones(partition.n, dtype=dtype, device=self.query.device)
+        offset = self.weights.new_zeros(())
         if weighted is not None:
             self.weights, offset = weighted[0][0, 0], weighted[1][0, 0, 0]
         self.rows, self.shared = rows.rows, rows.shared
@@ -121,6 +123,8 @@ class _Head:
             found = Gradients.zeros(self.one, False)
             return found._replace(query=self._of_attention()[0][None, None])
         columns = forward or self.wanted.lag_bias
+        # The gradient of a bias is what is left of two sums, and wants their digits.
+        of_values = self.dtype if self.one.key_bias is not None else self.one.work
         value = self.weigh(self.value)
         products = partitioned_gradients(
             self.windows(),
@@ -131,6 +135,8 @@ class _Head:
             self.wanted.max_bytes,
             of_columns=columns,
             logarithmic=True,
+            dtype=self.dtype,
+            result=of_values,
         )
         assert products.weights is not None
         if self.dtype != torch.float64:
@@ -150,9 +156,7 @@ class _Head:
             of_lag = _by_lag(products.columns, self.partition.starts)
         if forward:
             assert products.columns is not None
-            of_query = products.columns.t() @ self.first_keys
-            of_first = products.columns @ self.query * self.one.scale
-            of_key = torch.zeros_like(self.key).index_add_(0, self.first, of_first)
+            of_query, of_key = self._of_columns(products.columns)
         elif self.wanted.gradient == "attention":
             of_query, of_key = self._of_attention()
         else:
@@ -165,23 +169,42 @@ class _Head:
             None if of_lag is None else of_lag[None, None],
         )
 
+    def _of_columns(self, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gradients of queries and keys, from those of the kernels ``(k, n)``."""
+        of_query = torch.empty_like(self.query)
+        of_first = torch.zeros_like(self.first_keys)
+        for low in range(0, self.partition.n, _ROWS):
+            own = slice(low, low + _ROWS)
+            of_query[own] = columns[:, own].t() @ self.first_keys
+            of_first.addmm_(columns[:, own], self.query[own].to(self.dtype))
+        of_key = torch.zeros_like(self.key)
+        of_key.index_add_(0, self.first, (of_first * self.one.scale).to(of_key.dtype))
+        return of_query, of_key
+
     def _of_attention(self) -> tuple[Tensor, Tensor]:
         """Return ``scale dS K`` and ``scale dS^T Q``: products with P for each column of the values."""
-        value = torch.cat([self.value, torch.ones_like(self.value[:, :1])], dim=-1)
-        rows = torch.cat([self.rows, self.shared[:, None]], dim=-1)
-        key = self.weigh(self.key)
-        of_query, of_key = torch.zeros_like(self.query), torch.zeros_like(self.key)
+        value = torch.cat([self.value, torch.ones_like(self.value[:, :1])], dim=-1).to(self.dtype)
+        rows = torch.cat([self.rows, self.shared[:, None]], dim=-1).to(self.dtype)
+        key = self.weigh(self.key.to(self.dtype))
+        query = self.query.to(self.dtype)
+        of_query, of_key = torch.zeros_like(query), torch.zeros_like(key)
         d, sizes = key.shape[-1], self.partition.sizes
         pieces, item = len(self.partition.pieces), self.dtype.itemsize
         step = column_step(pieces, sizes.bins, value.shape[-1] * d, 2 * item, self.wanted.max_bytes)
         together = max(1, step // d)
         for low in range(0, value.shape[-1], together):
             high = min(value.shape[-1], low + together)
-            self._add_products(key, value[:, low:high], rows[:, low:high], of_query, of_key)
+            self._add_products(query, key, value[:, low:high], rows[:, low:high], of_query, of_key)
         return of_query.mul_(self.one.scale), self.weigh(of_key.mul_(self.one.scale))
 
     def _add_products(
-        self, key: Tensor, value: Tensor, rows: Tensor, of_query: Tensor, of_key: Tensor
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rows: Tensor,
+        of_query: Tensor,
+        of_key: Tensor,
     ) -> None:
         """Add what some columns of the values contribute."""
         count, d = value.shape[-1], key.shape[-1]
@@ -203,7 +226,7 @@ class _Head:
                     of_query[own, begin - c * d : end - c * d] += part.mT.flatten(0, 1)
         if self.wanted.queries_alone:
             return
-        outer = (rows[:, :, None] * self.query[:, None, :]).flatten(1)
+        outer = (rows[:, :, None] * query[:, None, :]).flatten(1)
         products = partitioned_gradients(
             self.windows(),
             self.partition,

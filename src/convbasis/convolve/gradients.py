@@ -70,20 +70,27 @@ def partitioned_gradients(
     *,
     of_columns: bool,
     logarithmic: bool = False,
+    dtype: torch.dtype | None = None,
+    result: torch.dtype | None = None,
 ) -> ProductGradients:
     """Return the gradients of a partitioned product.
 
     Args:
         windows: of the matrix.
         partition: of the matrix; at least one segment.
-        x: ``(n, c)``, dtype to work in; not used unless of_columns.
+        x: ``(n, c)``; not used unless of_columns.
         weights: ``(n,)``, one more column of x, or None.
         outer: the gradient of the products.
         max_bytes: bound on the memory of spectra; never below one column.
         of_columns: find the gradient with respect to the matrix too.
         logarithmic: with respect to the logarithms of the entries of its columns.
+        dtype: to work in, that of the windows; the others are converted block by block. That of the
+            outer rows by default.
+        result: dtype of the gradient of x; that of the work by default.
     """
-    job = _Job(windows, partition, x, weights, outer, max_bytes, of_columns, logarithmic)
+    dtype = outer.rows.dtype if dtype is None else dtype
+    result = dtype if result is None else result
+    job = _Job(windows, partition, x, weights, outer, max_bytes, of_columns, logarithmic, dtype, result)
     return job.run()
 
 
@@ -100,10 +107,12 @@ class _Job:
         max_bytes: int,
         of_columns: bool,
         logarithmic: bool,
+        dtype: torch.dtype,
+        result: torch.dtype,
     ) -> None:
         self.partition, self.x, self.weights, self.outer = partition, x, weights, outer
         self.logarithmic, self.of_columns = logarithmic, of_columns
-        self.dtype, self.device = outer.rows.dtype, outer.rows.device
+        self.dtype, self.device = dtype, outer.rows.device
         sizes, columns = partition.sizes, outer.rows.shape[-1]
         pieces = len(partition.pieces)
         item = self.dtype.itemsize
@@ -121,12 +130,14 @@ class _Job:
         if self.step < columns:
             self.spectra.keep_within(max_bytes // 2)
         segments = len(partition.starts)
-        self.of_x = torch.empty_like(outer.rows)
+        self.of_x = torch.empty(outer.rows.shape, dtype=result, device=self.device)
         self.of_x[: partition.starts[0]] = 0.0
-        self.of_weights = None if weights is None else torch.zeros_like(weights)
+        self.of_weights = None if weights is None else torch.zeros_like(weights, dtype=dtype)
         # Laid out as windows are: S rows before the first block.
         extent = sizes.piece + partition.blocks * sizes.block
-        self.columns = self.of_x.new_zeros((segments, extent)) if of_columns else None
+        self.columns = None
+        if of_columns:
+            self.columns = torch.zeros((segments, extent), dtype=dtype, device=self.device)
         self.of_pieces = torch.zeros(pieces, dtype=torch.float64, device=self.device)
         self.of_windows = torch.zeros((), dtype=torch.float64, device=self.device)
 
