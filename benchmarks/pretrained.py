@@ -14,12 +14,12 @@ and the next 512 are scored with exact attention over the cache that the prompt 
 one without far fields, one setting for all heads, and the plain conv basis. `curve` does so for plans
 of several budgets, one setting for all heads and the plain conv basis, and draws KL against time.
 `parts` gives every head the same setting, and asks what each part of hybrid attention does at which
-cost. `bounds` compares the bounds of all heads' errors, with all settings of the ladder, with the
-errors. KL is that of the next token's distribution from exact to approximate, in nats, with a bootstrap
-interval over stretches of 32 tokens; time is that of all calls of attention in the prompt, fits,
-choices and estimates included, and of the whole prompt. Methods take turns; a ratio is of medians.
-`passkey` hides five digits at several depths of prose and asks for them. `long` gives the plan a prompt
-beyond the model's positions, which are stretched, and times it.
+cost, and beside windows with columns of equal cost. `bounds` compares the bounds of all heads' errors,
+with all settings of the ladder, with the errors. KL is that of the next token's distribution from exact
+to approximate, in nats, with a bootstrap interval over stretches of 32 tokens; time is that of all
+calls of attention in the prompt, fits, choices and estimates included, and of the whole prompt. Methods
+take turns; a ratio is of medians. `passkey` hides five digits at several depths of prose and asks for
+them. `long` gives the plan a prompt beyond the model's positions, which are stretched, and times it.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -82,6 +83,7 @@ PARTS = {
     "window 256 + 4 blocks + segments": HeadSetting(256, 4, 60, 4, **FAR),
     "window 256 + 4 blocks + segments + exact rows": HeadSetting(256, 4, 60, 4, **FAR, correction=True),
 }
+WINDOWS = ("window 256 + 60 columns", "window 512 + 60 columns", "window 1024 + 60 columns")
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
@@ -262,18 +264,45 @@ def parts(options: argparse.Namespace) -> None:
     for row in rows:
         if (row["n"], row["method"]) in costs:
             row["cost"] = statistics.median(costs[row["n"], row["method"]])
-    print("\n| n | all heads use | attention time | KL (95 % interval) | worst text | top-1 |")
-    print("|---|---|---|---|---|---|")
-    for n in options.lengths:
-        for name in settings:
-            own = [row for row in rows if row["n"] == n and row["method"] == name]
-            mean, low, high = _interval([row["kl_by_stretch"] for row in own])
-            print(
-                f"| {n:,} | {name} | {own[0]['cost']:.2f} | {mean:.4f} ({low:.4f} to {high:.4f}) "
-                f"| {max(row['kl'] for row in _by_text(own)):.4f} "
-                f"| {statistics.fmean(row['top1'] for row in own):.1%} |"
-            )
+    _parts_table(rows, list(settings), options.lengths)
     _save(place, rows)
+
+
+def _parts_table(rows: list[dict[str, Any]], names: list[str], lengths: list[int]) -> None:
+    print(
+        "\n| n | all heads use | attention time | KL (95 % interval) | worst text | top-1 "
+        "| KL over that of windows with columns at equal time (95 % interval) |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for n in lengths:
+        found = {
+            name: [row for row in rows if row["n"] == n and row["method"] == name] for name in names
+        }
+        drawn = {name: _drawn([row["kl_by_stretch"] for row in own]) for name, own in found.items()}
+        costs = {name: own[0]["cost"] for name, own in found.items()}
+        base = sorted((costs[name], drawn[name].log()) for name in names if name in WINDOWS)
+        for name in sorted(names, key=lambda name: costs[name]):
+            own = found[name]
+            mean, low, high = _interval([row["kl_by_stretch"] for row in own])
+            beside = _at_cost(base, costs[name])
+            ratio = ""
+            if beside is not None and name not in WINDOWS:
+                ends = (drawn[name].log() - beside).exp().quantile(torch.tensor([0.5, 0.025, 0.975]))
+                ratio = "{:.2f} ({:.2f} to {:.2f})".format(*ends.tolist())
+            print(
+                f"| {n:,} | {name} | {costs[name]:.2f} | {mean:.4f} ({low:.4f} to {high:.4f}) "
+                f"| {max(row['kl'] for row in _by_text(own)):.4f} "
+                f"| {statistics.fmean(row['top1'] for row in own):.1%} | {ratio} |"
+            )
+
+
+def _at_cost(points: list[tuple[float, torch.Tensor]], cost: float) -> torch.Tensor | None:
+    """Logarithms of KL at a cost, on the line through two of the points; None beyond them."""
+    for (low, of_low), (high, of_high) in itertools.pairwise(points):
+        if low <= cost <= high:
+            part = (cost - low) / (high - low)
+            return (1 - part) * of_low + part * of_high
+    return None
 
 
 def curve(options: argparse.Namespace) -> None:
@@ -355,16 +384,20 @@ def _by_text(rows: list[dict[str, Any]]) -> list[dict[str, float]]:
     ]
 
 
-def _interval(by_text: list[list[float]]) -> tuple[float, float, float]:
-    """The mean over prompts and its 95 % bootstrap interval, stretches drawn anew in each prompt."""
+def _drawn(by_text: list[list[float]]) -> torch.Tensor:
+    """Means over prompts of 2000 bootstrap samples, stretches drawn anew in each prompt."""
     generator = torch.Generator().manual_seed(0)
-    means = torch.stack(
+    return torch.stack(
         [
             torch.tensor(own)[torch.randint(len(own), (2000, len(own)), generator=generator)].mean(1)
             for own in by_text
         ]
     ).mean(0)
-    low, high = means.quantile(torch.tensor([0.025, 0.975])).tolist()
+
+
+def _interval(by_text: list[list[float]]) -> tuple[float, float, float]:
+    """The mean over prompts and its 95 % bootstrap interval."""
+    low, high = _drawn(by_text).quantile(torch.tensor([0.025, 0.975])).tolist()
     return statistics.fmean(statistics.fmean(own) for own in by_text), low, high
 
 
