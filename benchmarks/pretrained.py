@@ -25,11 +25,9 @@ them. `long` gives the plan a prompt beyond the model's positions, which are str
 from __future__ import annotations
 
 import argparse
-import ast
 import contextlib
 import dataclasses
 import hashlib
-import importlib.metadata
 import itertools
 import json
 import math
@@ -37,13 +35,13 @@ import os
 import platform
 import random
 import statistics
-import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from texts import texts
 
 import convbasis as cb
 from convbasis.integrations.calibrate import calibrate as calibrate_model
@@ -85,38 +83,6 @@ PARTS = {
 }
 WINDOWS = ("window 256 + 60 columns", "window 512 + 60 columns", "window 1024 + 60 columns")
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
-
-
-def texts(extra: list[Path], prose: bool = False) -> dict[str, str]:
-    """Texts of other kinds than the one of the calibration; with that one if asked."""
-    library = Path(sysconfig.get_path("stdlib"))
-
-    def read(*names: str) -> list[str]:
-        return [(library / name).read_text(encoding="utf-8") for name in names]
-
-    licences = sorted(
-        path for path in importlib.metadata.files("torch") or () if "LICENSE" in path.name.upper()
-    )
-    found = {
-        "source code": "\n".join(read("argparse.py", "ast.py", "inspect.py", "typing.py")),
-        "docstrings": "\n\n".join(
-            text
-            for source in read("statistics.py", "_pydecimal.py", "difflib.py", "doctest.py")
-            for node in ast.walk(ast.parse(source))
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
-            and (text := ast.get_docstring(node))
-        ),
-        "change history": read("idlelib/NEWS.txt")[0],
-        "licences": "\n\n".join(
-            [
-                (ROOT / "LICENSE").read_text(encoding="utf-8"),
-                *(path.locate().read_text(encoding="utf-8") for path in licences),
-            ]
-        ),
-    }
-    if prose:
-        found["prose"] = sample_text()
-    return {**found, **{path.name: path.read_text(encoding="utf-8") for path in extra}}
 
 
 def plan_file(options: argparse.Namespace) -> Path:
