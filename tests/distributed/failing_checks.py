@@ -63,6 +63,16 @@ def mismatches(rank, ranks):
             {"key_bias": torch.zeros(count)},
         ),
         ("no bias by key", {"key_bias": 1.0}, {"key_bias": torch.zeros(count)}),
+        (
+            "nan by key",
+            {"key_bias": torch.zeros(count).index_fill(0, torch.tensor(2), float("nan"))},
+            {"key_bias": torch.zeros(count)},
+        ),
+        (
+            "inf by lag",
+            {"lag_bias": torch.full((96,), float("inf"))},
+            {"lag_bias": torch.zeros(96)},
+        ),
         ("no bias by lag", {"lag_bias": [1.0]}, {"lag_bias": torch.zeros(96)}),
         ("timeout", {"timeout": 0}, {}),
     ):
@@ -80,8 +90,50 @@ def mismatches(rank, ranks):
     found["layer"] = told(lambda: layer(hidden))
     hidden, documents = torch.zeros(1, 4, 12), [5 if odd else 4] * ranks
     found["documents"] = told(lambda: layer(hidden, document_lengths=documents))
+    with torch.set_grad_enabled(not odd):
+        bias = torch.zeros(count, requires_grad=True)
+        found["gradient"] = told(lambda: attend(rank, ranks, key_bias=bias))
+    nothing = inputs(1, 3, 3, 0, 8, 8)
+    found["no tokens"] = told(lambda: attend(rank, ranks, tensors=nothing))
     found["after"] = told(lambda: attend(rank, ranks))
     return found
+
+
+def out_of_step(rank, ranks):
+    """One rank leaves out a backward pass, and goes on to the next call."""
+    mine = [own(x, split(96, ranks), rank).requires_grad_() for x in inputs(1, 3, 3, 96, 8, 8)]
+    output = attend(rank, ranks, tensors=mine)
+    if rank == 1:
+        return told(lambda: attend(rank, ranks))
+    return told(lambda: output.sum().backward())
+
+
+def late(rank, ranks):
+    """One rank comes when the others have given up, but before the time is over."""
+    attend(rank, ranks)
+    if rank == 1:
+        time.sleep(2.9)
+    return told(lambda: attend(rank, ranks, timeout=4.0))
+
+
+def refuses_while_another_hangs(rank, ranks):
+    attend(rank, ranks)
+    if rank == 2:
+        hang()
+    mine = [own(x, split(96, ranks), rank) for x in inputs(1, 3, 3, 96, 8, 8)]
+    if rank == 0:
+        mine[1] = mine[1].double()
+    return told(lambda: attend(rank, ranks, tensors=mine, timeout=3.0))
+
+
+def refuses_alone(rank, ranks):
+    """One tensor is placed otherwise: found out before the handshake, in its own time limit."""
+    spread = [distribute_tensor(x, mesh_of(ranks), [Shard(2)]) for x in inputs(1, 3, 3, 96, 8, 8)]
+    if rank == 1:
+        hang()
+    spread[1] = spread[1].to_local()
+    call = lambda: distributed.conv_basis_attention(*spread, segment_length=20, timeout=3.0)  # noqa: E731
+    return told(call)
 
 
 def hang():

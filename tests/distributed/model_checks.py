@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 import convbasis as cb
 from convbasis import distributed
+from convbasis.distributed.failure import name_of
 
 NEAR = {"whole": 1e-5, "row": 1e-5}
 
@@ -215,6 +216,15 @@ def meshes(rank, ranks):
         )
 
 
+def names(rank, ranks):
+    """A rank of a part of all processes is also called what launchers call it."""
+    if ranks == 4:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "tokens"))["tokens"]
+        first = rank // 2 * 2
+        told = "rank 1" if first == 0 else "rank 1 of its mesh (rank 3 of all)"
+        assert name_of(mesh.get_group(), 1) == told
+
+
 def pretrained(rank, ranks):
     """A transformers model, its prompt's tokens over ranks: by a plan, exactly, with a window."""
     mesh, n = mesh_of(ranks), 131
@@ -398,6 +408,7 @@ CHECKS = (
     dtensors,
     plans,
     meshes,
+    names,
     pretrained,
     unequal_plans,
     what_the_whole_prompt_rules_out,

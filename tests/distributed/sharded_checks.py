@@ -4,6 +4,7 @@ import pytest
 import torch
 from comparison import assert_close
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 import convbasis as cb
 from convbasis import distributed
@@ -226,6 +227,54 @@ def second_backward(rank, ranks):
         output.sum().backward()
 
 
+def checkpointed(rank, ranks):
+    """A region that is computed again in the backward pass, with attention last and within."""
+    lengths = split(96, ranks)
+    near = {"window": 7, "columns": 3}
+    for heads, call, options in (
+        (1, distributed.conv_basis_attention, {"segment_length": 20, "layout": "heads"}),
+        (1, distributed.conv_basis_attention, {"segment_length": 20, "layout": "columns"}),
+        (1, distributed.conv_basis_attention, {"segment_length": 20, "layout": "spectra"}),
+        (2, distributed.hybrid_attention, {**near, "layout": "tokens"}),
+        (1, distributed.hybrid_attention, {**near, "layout": "heads"}),
+    ):
+        tensors = inputs(1, heads, heads, 96, 8, 8)
+
+        def attend(*x, call=call, options=options):
+            return call(*(t.sin() for t in x), mesh=mesh_of(ranks), **options)
+
+        def within(*x, attend=attend):
+            return attend(*x).square().cos()
+
+        for region in (attend, within):
+            found = []
+            for early, reentrant in ((None, None), (True, False), (False, False), (True, True)):
+                mine = [own(x, lengths, rank).requires_grad_() for x in tensors]
+                if early is None:
+                    output = region(*mine)
+                    output.square().sum().backward()
+                else:
+                    with set_checkpoint_early_stop(early):
+                        output = checkpoint(region, *mine, use_reentrant=reentrant)
+                        output.square().sum().backward()
+                found.append([x.grad for x in mine])
+            for other in found[1:]:
+                for one, two in zip(found[0], other, strict=True):
+                    torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-6)
+
+
+def changed_in_place(rank, ranks):
+    """What backward needs must not be written to, as with one process."""
+    mine = [own(x, split(96, ranks), rank).requires_grad_() for x in inputs(1, 4, 4, 96, 8, 8)]
+    query = mine[0] * 1.0
+    output = distributed.hybrid_attention(query, *mine[1:], mesh=mesh_of(ranks), window=7)
+    with torch.no_grad():
+        query.zero_()
+    # All ranks stop at the same place, so that they are still in step.
+    with pytest.raises(RuntimeError, match="has been modified by an inplace operation"):
+        output.sum().backward()
+
+
 def hybrid(rank, ranks):
     mesh = mesh_of(ranks)
     cases = [
@@ -301,6 +350,8 @@ CHECKS = (
     half_types,
     mixed_types,
     second_backward,
+    checkpointed,
+    changed_in_place,
     hybrid,
     hybrid_with_padding,
     hybrid_of_half_types,

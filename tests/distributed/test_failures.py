@@ -15,6 +15,7 @@ def test_what_differs_is_named_in_every_rank():
             "dtype": 'dtype differs: rank 1 has "torch.float64", but rank 0 has "torch.float32"',
             "argument": "segment_length differs: rank 1 has 21, but rank 0 has 20",
             "hybrid": "window differs: rank 1 has 8, but rank 0 has 7",
+            "gradient": 'key_bias differs: rank 1 has ["torch.float32", false], but rank 0 has',
         }.items():
             kind, message, _ = found[name]
             assert kind == "DistributedError"
@@ -27,6 +28,8 @@ def test_what_differs_is_named_in_every_rank():
             "bias of another shape": "key_bias has shape",
             "no bias by key": "key_bias is 1.0; a torch.Tensor is wanted",
             "no bias by lag": "lag_bias is a list; a torch.Tensor is wanted",
+            "nan by key": "key_bias holds 3 NaN or Inf",
+            "inf by lag": "lag_bias holds 96 NaN or Inf",
             "timeout": "timeout=0 leaves no time",
             "placed": "query is a DTensor but key is none",
             "layer": "hidden_states has shape (1, 4, 13)",
@@ -37,6 +40,9 @@ def test_what_differs_is_named_in_every_rank():
             assert words in message
             assert rank == 1 or message.startswith("rank 1 cannot go on: ")
             assert seconds < failing_checks.TIMEOUT / 2
+        kind, message, _ = found["no tokens"]
+        assert kind == "InputError"
+        assert "query has shape (1, 3, 0, 8): none of the 3 ranks has tokens" in message
         assert found["after"][0] == "no error"
 
 
@@ -76,7 +82,36 @@ def test_a_missing_rank_is_named(way, words, broken):
     for kind, message, seconds in found:
         assert kind == "DistributedError"
         assert words in message
-        assert seconds < failing_checks.TIMEOUT + 2
+        assert seconds < failing_checks.TIMEOUT
+
+
+def test_ranks_that_are_at_different_calls_say_which():
+    first, second, third = launch(3, failing_checks.out_of_step, 3)
+    for kind, message, seconds in (first, third):
+        assert kind == "DistributedError"
+        assert "rank 1 is at 'handshake', but rank" in message
+        assert "at 'gradients of outputs': every rank must make the same calls" in message
+        assert seconds < failing_checks.TIMEOUT / 2
+    assert second[0] == "DistributedError"
+    assert "rank 0 is at 'gradients of outputs', but rank 1 at 'handshake'" in second[1]
+
+
+def test_a_rank_that_comes_too_late_is_named():
+    for kind, message, _ in launch(3, failing_checks.late, 3):
+        assert kind == "DistributedError"
+        assert "rank 1 came to a collective when others had waited for 2" in message
+
+
+def test_what_a_rank_refuses_itself_is_told_although_another_hangs():
+    first, second, _ = launch(3, failing_checks.refuses_while_another_hangs, 3, killed=(2,))
+    assert first[0] == "InputError"
+    assert "dtype" in first[1]
+    assert second[0] == "DistributedError"
+    assert "rank 2 took no part" in second[1]
+    first, _ = launch(2, failing_checks.refuses_alone, 2, killed=(1,))
+    assert first[0] == "InputError"
+    assert "key is none; give all or none as DTensors" in first[1]
+    assert first[2] < 4
 
 
 def test_a_group_of_the_same_name_begins_anew(tmp_path):

@@ -74,8 +74,10 @@ class Group:
 def noted(**messages):
     group = Group()
     for rank, message in messages.items():
-        group.store.set(f"convbasis/failed/{rank[1:]}", json.dumps({"message": message}))
-    return str(failure.post_mortem(group, 0.05, "Connection closed\nat some line"))
+        waited = message if isinstance(message, float) else 3.0
+        note = {"message": "" if waited is message else message, "waited": waited}
+        group.store.set(f"convbasis/failed/{rank[1:]}", json.dumps(note))
+    return str(failure.post_mortem(group, 0.2, "Connection closed\nat some line", 3.0))
 
 
 def test_a_rank_without_a_note_is_missing():
@@ -90,8 +92,14 @@ def test_a_rank_that_failed_by_itself_is_told():
     assert noted(r1="", r2="RuntimeError: no memory") == "rank 2 failed: RuntimeError: no memory"
 
 
-def test_ranks_that_are_all_alive_need_more_time():
-    assert "although all ranks are alive: Connection closed" in noted(r1="", r2="")
+def test_ranks_that_are_all_alive_and_in_time():
+    assert "although all ranks are alive and came in time: Connection closed" in noted(r1="", r2="")
+
+
+def test_a_rank_that_came_too_late_is_named():
+    told = noted(r1=0.1, r2=2.9)
+    assert told.startswith("rank 1 came to a collective when others had waited for 3 s and given up")
+    assert "give a larger timeout than 0.2 s" in told
 
 
 def test_a_store_that_does_not_answer_is_told(monkeypatch):
@@ -99,7 +107,7 @@ def test_a_store_that_does_not_answer_is_told(monkeypatch):
         def check(self, names):
             raise RuntimeError("Broken pipe")
 
-    told = str(failure.post_mortem(Group(Gone()), 0.05, ""))
+    told = str(failure.post_mortem(Group(Gone()), 0.05, "", 0.0))
     assert "a collective failed (no message)" in told
     assert "does not answer (Broken pipe)" in told
 
@@ -114,9 +122,8 @@ class Stopped:
 
 
 def test_a_store_that_hangs_is_told(monkeypatch):
-    monkeypatch.setattr(failure, "_SLACK", 0.05)
-    told = str(failure.post_mortem(Group(Stopped()), 0.05, ""))
-    assert "does not answer (no answer in 0.1 s)" in told
+    told = str(failure.post_mortem(Group(Stopped()), 0.2, "", 0.0))
+    assert "does not answer (no answer in 0.09 s)" in told
     with pytest.raises(distributed.DistributedError, match="no answer in"):
         failure.forget_note(Group(Stopped()), 0.05)
     with pytest.raises(RuntimeError, match="no answer"):
@@ -132,11 +139,14 @@ def test_own_notes_are_forgotten():
 
 def test_the_odd_one_out_is_named():
     told = [{"heads": 2, "dtype": "a"}, {"heads": 2, "dtype": "b"}, {"heads": 2, "dtype": "b"}]
-    assert handshake._difference(told, [False] * 3) == (
+    assert handshake._difference(Group(), told, [False] * 3) == (
         'dtype differs: rank 0 has "a", but rank 1 has "b"; give every rank the same'
     )
-    assert handshake._difference([{}, {"error": "no"}], [False, True]) == "rank 1 cannot go on: no"
-    assert "different arguments" in handshake._difference([{}, {}], [False, False])
+    assert (
+        handshake._difference(Group(), [{}, {"error": "no"}], [False, True])
+        == "rank 1 cannot go on: no"
+    )
+    assert "different arguments" in handshake._difference(Group(), [{}, {}], [False, False])
 
 
 def test_fingerprints_tell_tensors_apart():

@@ -14,6 +14,7 @@ from ..attention.documents import check_documents, document_starts
 from ..attention.functional import autocast_dtype, expanded_bias
 from ..attention.segments import check_segments
 from ..checks import (
+    check_finite,
     check_float_tensor,
     check_gradient,
     check_positive_int,
@@ -24,7 +25,7 @@ from ..checks import (
 from ..dispatch import Dispatch, check_backend, last_dispatch, logger, record_dispatch
 from ..errors import InputError
 from .by_spectra import Given, attend_by_spectra
-from .call import Tokens, begin, opened, told
+from .call import Tokens, begin, graph_of_its_own, opened, told
 from .cost_spectra import spectra_pay
 from .first_keys import first_real_keys, segment_logits_of, unit_keys
 from .grid import Grid, grid_for
@@ -162,16 +163,22 @@ def conv_basis_attention(
 
     def described() -> dict[str, Any]:
         found = {name: told(value) for name, value in same.items()}
+        graded = torch.is_grad_enabled()
         by_key = expanded_bias("key_bias", key_bias, parts[0])
-        found["key_bias"] = None if by_key is None else [str(by_key.dtype), by_key.requires_grad]
+        found["key_bias"] = None
+        if by_key is not None:
+            real = None if key_padding_mask is None else key_padding_mask[:, None]
+            check_finite("key_bias", by_key, real)
+            found["key_bias"] = [str(by_key.dtype), graded and by_key.requires_grad]
         if lag_bias is not None:  # its shape needs the number of all tokens
             check_float_tensor("lag_bias", lag_bias)
+            check_finite("lag_bias", lag_bias)
             if lag_bias.device != parts[0].device:
                 raise InputError(f"lag_bias is on {lag_bias.device} but query is on {parts[0].device}")
             found["lag_bias"] = [
                 list(lag_bias.shape),
                 str(lag_bias.dtype),
-                lag_bias.requires_grad,
+                graded and lag_bias.requires_grad,
             ]
         return found
 
@@ -185,7 +192,7 @@ def conv_basis_attention(
         "epsilon": epsilon,
         "search": search,
     }
-    with torch.autocast(parts[0].device.type, enabled=False):
+    with torch.autocast(parts[0].device.type, enabled=False), graph_of_its_own():
         output = _attend(
             tokens,
             parts[0],

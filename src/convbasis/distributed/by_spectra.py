@@ -174,7 +174,7 @@ class _Call:
             rows, lost = self._divided(products, entered, reached)
             third = _Stage([products], rows)
         flag = products.new_full((1,), float(lost))
-        if any(bool(own) for own in ranks.gather(flag, [1] * ranks.size)):
+        if any(bool(own) for own in ranks.gather(flag, [1] * ranks.size, "lost rows")):
             return False
         self.output = self.of_values.scatter(rows.detach()[:, :, None], self.width)
         if self.needed:
@@ -260,7 +260,7 @@ class _Call:
             parts.append(by_key[..., 0].double().masked_fill(padding, -torch.inf))
         none = known.new_full((self.batch, self.heads, 1), -torch.inf)
         own = torch.stack([torch.cat([part, none], -1).amax(-1) for part in parts])
-        gathered = self.ranks.gather(own, [own.numel()] * self.ranks.size)
+        gathered = self.ranks.gather(own, [own.numel()] * self.ranks.size, "peaks")
         peaks = torch.stack(gathered).amax(0).view(own.shape)
         return list(peaks.masked_fill(peaks == -torch.inf, 0.0))
 
@@ -333,7 +333,8 @@ class _Call:
         last = batch * self.value_heads
         counts = [sum(own) + last for own in sizes]
         kernels, pieces, firsts = [], [], []
-        for arrived, own in zip(self.ranks.gather(self.weighed, counts), sizes, strict=True):
+        every = self.ranks.gather(self.weighed, counts, "sums of squares")
+        for arrived, own in zip(every, sizes, strict=True):
             kernel, piece, first = arrived.split([*own, last])
             kernels.append(kernel.view(batch, self.heads, own[0] // (batch * self.heads)))
             pieces.append(piece.view(batch, self.value_heads, own[1] // (2 * last), 2))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..checks import check_finite, check_mask, check_qkv, describe
+from ..errors import InputError
 from .handshake import agree, fingerprint, refusals_told
 from .ranks import Ranks, ranks_of
 from .tensors import Kind, known_mesh, unwrap
@@ -31,7 +33,7 @@ def opened(mesh: Any, timeout: Any, **tensors: Any) -> tuple[Kind, list[Any], Ra
         timeout: seconds.
         tensors: by name.
     """
-    with refusals_told(known_mesh(mesh, tensors)):
+    with refusals_told(known_mesh(mesh, tensors), timeout):
         kind, parts = unwrap(mesh, **tensors)
         return kind, parts, ranks_of(kind.mesh, timeout)
 
@@ -58,7 +60,9 @@ class Tokens(NamedTuple):
         if mask is None:
             return None
         batch = mask.shape[0]
-        parts = self.ranks.gather(mask.to(torch.uint8), [batch * length for length in self.lengths])
+        parts = self.ranks.gather(
+            mask.to(torch.uint8), [batch * length for length in self.lengths], "padding masks"
+        )
         return torch.cat([part.view(batch, -1) for part in parts], dim=1).bool()
 
 
@@ -113,4 +117,33 @@ def begin(
 
     device = query.device if isinstance(query, Tensor) else torch.device("cpu")
     lengths, _ = agree(ranks, device, check)
+    if not any(lengths):
+        raise InputError(
+            f"query has shape {tuple(query.shape)}: none of the {ranks.size} ranks has tokens"
+        )
     return Tokens(ranks, lengths)
+
+
+@contextmanager
+def graph_of_its_own() -> Iterator[None]:
+    """Keep what backward needs as it is, whatever hooks there are around the call.
+
+    A checkpoint's would compute it again within the backward pass of one rank and not of another, and
+    the exchanges with it.
+    """
+    with torch.autograd.graph.saved_tensors_hooks(_packed, _unpacked):
+        yield
+
+
+def _packed(tensor: Tensor) -> tuple[Tensor, int]:
+    return tensor, tensor._version
+
+
+def _unpacked(kept: tuple[Tensor, int]) -> Tensor:
+    tensor, version = kept
+    if tensor._version != version:
+        raise RuntimeError(
+            f"a tensor of shape {tuple(tensor.shape)} that backward needs has been modified by an "
+            f"inplace operation: it is at version {tensor._version}, expected version {version}"
+        )
+    return tensor

@@ -12,6 +12,7 @@ import torch
 from ..convolve.choice import Work, candidates, partitioned_amounts
 from ..hybrid.window import QUERIES, Window
 from .halo import halo_begin
+from .ranks import HEADER_BYTES
 from .shares import Piece, Sizes, length_of, shares, whole_heads
 
 TRANSFORM = 2.5  # operations of a real transform, for each entry and binary digit of its length
@@ -125,8 +126,8 @@ def attention_load(
         backward = length * sum(makes[other] for other in others) + elsewhere * needs[rank] + first
         loads.append(
             Load(
-                batch * itemsize * forward + 4 * FIELD * (ranks - 1),
-                batch * itemsize * backward,
+                batch * itemsize * forward + told_to_others(ranks, 4 if by_segment else 3),
+                batch * itemsize * backward + headers(ranks, 3 if by_segment else 2),
                 batch * sum(_operations(n, piece, inner, segments) for piece in pieces[rank]),
                 batch * (length * own_tokens + n * (needs[rank] + makes[rank])),
             )
@@ -176,8 +177,8 @@ def hybrid_load(
     work = 4.0 * length * heads * keys * head_dim + 4.0 * samples * length * heads * head_dim
     held = length * 2 * (heads + kv_heads) * head_dim + halo
     return Load(
-        int(batch * numbers) + 4 * FIELD * others,
-        batch * itemsize * (halo + distant),
+        int(batch * numbers) + told_to_others(ranks, 7),
+        batch * itemsize * (halo + distant) + headers(ranks, 2),
         batch * work,
         batch * held,
         _EXACT_BACKWARD,
@@ -207,6 +208,16 @@ def ring_load(
     operations = batch * 2.0 * n * n * head_dim * heads / ranks
     held = batch * length * 4 * (heads + kv_heads) * head_dim
     return Load(sent, 2 * sent, operations, held, _EXACT_BACKWARD)
+
+
+def headers(ranks: int, exchanges: int) -> int:
+    """Return the bytes that a rank sends before what it exchanges, so that all know what comes."""
+    return exchanges * HEADER_BYTES * (ranks - 1)
+
+
+def told_to_others(ranks: int, exchanges: int) -> int:
+    """Return those of the handshake, which is one of the exchanges, and of the headers of all."""
+    return headers(ranks, exchanges) + 4 * FIELD * (ranks - 1)
 
 
 def _operations(n: int, piece: Piece, inner: int, segments: int) -> float:

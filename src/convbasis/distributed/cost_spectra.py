@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 
-from .cost import COMPLEX, FIELD, TRANSFORM, Load, attention_load
+from .cost import COMPLEX, TRANSFORM, Load, attention_load, headers, told_to_others
 from .grid import grid_for
 from .shares import Sizes
 from .strips import Strip, numbers_between
@@ -82,8 +82,10 @@ def spectra_load(
         loads.append(
             Load(
                 batch * (itemsize * (moved[0] + back[0]) + _DOUBLE * forward + first)
-                + (4 * FIELD + _DOUBLE) * others,
-                batch * (itemsize * (moved[1] + back[1]) + _DOUBLE * backward + first),
+                + _DOUBLE * others
+                + told_to_others(ranks, 11 if key_bias else 10),
+                batch * (itemsize * (moved[1] + back[1]) + _DOUBLE * backward + first)
+                + headers(ranks, 7 if key_bias else 6),
                 batch * working,
                 batch * (length * own_tokens + tokens + (spectra + matrix) * _DOUBLE // itemsize),
             )

@@ -11,14 +11,19 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
+
+import torch.distributed as dist
 
 from ..errors import DistributedError
 
 _NOTE = "convbasis/failed/{}"
 _LEAST = 0.01  # seconds to wait for: to a store none at all are without end
 _SHOWN = 300  # characters of another rank's message
-_SLACK = 1.0  # seconds more than a store that answers may need
+# Parts of a time limit: to wait for the notes of others, and for a store that does not answer.
+_WAITING, _SLACK = 0.25, 0.2
+# A rank whose collective failed after less than this part of what another waited came too late.
+_LATE = 0.5
 _T = TypeVar("_T")
 
 
@@ -48,45 +53,74 @@ def forget_note(group: Any, seconds: float = 10.0) -> None:
         ) from error
 
 
-def post_mortem(group: Any, seconds: float, message: str) -> DistributedError:
-    """Return the error that names the ranks that are missing, or those that failed by themselves.
+def name_of(group: Any, rank: int) -> str:
+    """Return what errors call a rank of a group: as launchers count it too, where that differs."""
+    try:
+        whole = dist.get_global_rank(group, rank)
+    except ValueError:  # the group is gone
+        whole = rank
+    return f"rank {rank}" if whole == rank else f"rank {rank} of its mesh (rank {whole} of all)"
+
+
+def post_mortem(group: Any, timeout: float, message: str, waited: float) -> DistributedError:
+    """Return the error that names the ranks that are missing or late, or that failed by themselves.
 
     Args:
         group: whose collective failed.
-        seconds: time for other ranks to notice it too.
+        timeout: seconds, of which a part is left for other ranks to notice it too.
         message: what the collective said.
+        waited: seconds that this rank was in it.
     """
+    seconds = _WAITING * timeout
     try:
-        reasons, missing = _answer(lambda: _notes(group, seconds), seconds + _SLACK)
+        notes, missing = _answer(lambda: _notes(group, seconds, waited), seconds + _SLACK * timeout)
     except (RuntimeError, ValueError) as error:
         return DistributedError(
             f"a collective failed ({_short(message)}), and the store that would tell which rank is "
             f"missing does not answer ({_short(str(error))}): its process has died or hangs, which is "
             "rank 0 of all unless torchrun holds the store"
         )
-    told = [f"rank {rank} failed: {reason}" for rank, reason in reasons.items() if reason]
+    told = [
+        f"{name_of(group, rank)} failed: {note.message}" for rank, note in notes.items() if note.message
+    ]
     if told:
         return DistributedError("; ".join(told))
     if missing:
-        names = ", ".join(f"rank {rank}" for rank in missing)
+        names = ", ".join(name_of(group, rank) for rank in missing)
         return DistributedError(
             f"{names} took no part in a collective and left no note in {seconds:g} s "
             f"after it failed: the process has died or hangs ({_short(message)})"
         )
+    longest = max(note.waited for note in notes.values())
+    late = [rank for rank, note in notes.items() if note.waited < _LATE * longest]
+    if late:
+        names = ", ".join(name_of(group, rank) for rank in late)
+        return DistributedError(
+            f"{names} came to a collective when others had waited for {longest:.3g} s and given up: "
+            f"give a larger timeout than {timeout:g} s, half of which is waited ({_short(message)})"
+        )
     return DistributedError(
-        f"a collective failed although all ranks are alive: {_short(message)}; one of them came later "
-        "than the time limit allows: give a larger timeout"
+        f"a collective failed although all ranks are alive and came in time: {_short(message)}"
     )
 
 
-def _notes(group: Any, seconds: float) -> tuple[dict[int, str], list[int]]:
-    """Return what other ranks tell of themselves within some seconds, and those that tell nothing."""
+class _Note(NamedTuple):
+    """What a rank tells of itself."""
+
+    message: str
+    """Why it failed by itself; empty if it waited for others."""
+    waited: float
+    """Seconds that it was in the collective."""
+
+
+def _notes(group: Any, seconds: float, waited: float) -> tuple[dict[int, _Note], list[int]]:
+    """Return what all ranks tell of themselves within some seconds, and those that tell nothing."""
     store, own = _store(group), group.rank()
     end = time.monotonic() + seconds
-    reasons: dict[int, str] = {}
+    found = {own: _Note("", waited)}
     missing = []
     if not store.check([_NOTE.format(own)]):
-        store.set(_NOTE.format(own), json.dumps({"message": ""}))
+        store.set(_NOTE.format(own), json.dumps({"message": "", "waited": waited}))
     for rank in range(group.size()):
         name = _NOTE.format(rank)
         if rank == own:
@@ -94,8 +128,9 @@ def _notes(group: Any, seconds: float) -> tuple[dict[int, str], list[int]]:
         if not _appears(store, name, end - time.monotonic()):
             missing.append(rank)
         else:
-            reasons[rank] = str(json.loads(store.get(name)).get("message", ""))[:_SHOWN]
-    return reasons, missing
+            note = json.loads(store.get(name))
+            found[rank] = _Note(str(note.get("message", ""))[:_SHOWN], float(note.get("waited", 0.0)))
+    return found, missing
 
 
 def _appears(store: Any, name: str, seconds: float) -> bool:

@@ -24,7 +24,7 @@ def to_frequencies(ranks: Ranks, grid: Grid, rows: Tensor, counts: Sequence[int]
     cuts = [grid.frequencies(rank) for rank in range(ranks.size)]
     width = cuts[ranks.rank].stop - cuts[ranks.rank].start
     blocks = [[rows[:, cut]] for cut in cuts]
-    arrived = exchange(ranks, blocks, [[(count, width, 2)] for count in counts], rows)
+    arrived = exchange(ranks, blocks, [[(count, width, 2)] for count in counts], rows, "spectra")
     return torch.cat([block for (block,) in arrived])
 
 
@@ -40,4 +40,5 @@ def to_rows(ranks: Ranks, grid: Grid, spectra: Tensor, counts: Sequence[int]) ->
     cuts = [grid.frequencies(rank) for rank in range(ranks.size)]
     shapes = [[(counts[ranks.rank], cut.stop - cut.start, 2)] for cut in cuts]
     blocks = [[block] for block in spectra.split(list(counts))]
-    return torch.cat([block for (block,) in exchange(ranks, blocks, shapes, spectra)], dim=1)
+    arrived = exchange(ranks, blocks, shapes, spectra, "products of spectra")
+    return torch.cat([block for (block,) in arrived], dim=1)

@@ -61,7 +61,7 @@ class _Halo(torch.autograd.Function):
         rank = tokens.ranks.rank
         blocks = [[tensor[:, :, halo[rank]]] for halo in overlaps]
         shapes = [[_shape(tensor, part)] for part in overlaps[rank]]
-        arrived = exchange(tokens.ranks, blocks, shapes, tensor)
+        arrived = exchange(tokens.ranks, blocks, shapes, tensor, "halo")
         ctx.tokens, ctx.overlaps, ctx.shape = tokens, overlaps, tensor.shape
         return torch.cat([parts[0] for parts in arrived], dim=2)
 
@@ -73,7 +73,9 @@ class _Halo(torch.autograd.Function):
         own = [halo[rank] for halo in ctx.overlaps]
         found = grad.new_zeros(ctx.shape)
         shapes = [[_shape(found, part)] for part in own]
-        arrived = exchange(tokens.ranks, [[part] for part in parts], shapes, grad)
+        arrived = exchange(
+            tokens.ranks, [[part] for part in parts], shapes, grad, "gradients of the halo"
+        )
         for part, (block,) in zip(own, arrived, strict=True):
             found[:, :, part] += block
         return None, found, None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -16,9 +17,11 @@ import torch
 from torch import Tensor
 
 from ..errors import ConvBasisError, DistributedError
-from .ranks import Ranks, ranks_of
+from .failure import name_of
+from .ranks import Ranks, ends_recomputation, ranks_of
 
 _T = TypeVar("_T")
+_TIMEOUT = 300.0  # seconds, where no usable limit is known
 _FIELDS = 4  # digest, bytes of text, whether this rank refused, a number of its own
 
 
@@ -51,20 +54,25 @@ def agree(
     own = text.encode()
     digest = int.from_bytes(hashlib.sha256(own).digest()[:7], "big")
     row = torch.tensor([digest, len(own), refused is not None, number], device=device)
-    rows = [got.tolist() for got in ranks.gather(row, [_FIELDS] * ranks.size)]
+    try:
+        rows = [got.tolist() for got in ranks.gather(row, [_FIELDS] * ranks.size, "handshake")]
+    except DistributedError as error:
+        if refused is not None:
+            raise refused from error
+        raise
     if any(got[2] for got in rows) or len({got[0] for got in rows}) > 1:
         letters = torch.frombuffer(bytearray(own), dtype=torch.uint8).to(device)
-        texts = ranks.gather(letters, [got[1] for got in rows])
+        texts = ranks.gather(letters, [got[1] for got in rows], "what ranks were given")
         told = [json.loads(bytes(part.tolist())) for part in texts]
         if refused is not None:
             raise refused
-        raise DistributedError(_difference(told, [bool(got[2]) for got in rows]))
+        raise DistributedError(_difference(ranks.group, told, [bool(got[2]) for got in rows]))
     assert made is not None
     return [got[3] for got in rows], made
 
 
 @contextmanager
-def refusals_told(mesh: Any, timeout: float = 300.0) -> Iterator[None]:
+def refusals_told(mesh: Any, timeout: Any = _TIMEOUT) -> Iterator[None]:
     """Let an error within fail the handshake that the other ranks have come to, or come to next.
 
     For what a rank finds out alone before its own handshake; nothing within may be a collective. Where
@@ -73,8 +81,11 @@ def refusals_told(mesh: Any, timeout: float = 300.0) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        with suppress(Exception):
-            agree(ranks_of(mesh, timeout), torch.device(mesh.device_type), partial(_refuse, error))
+        if not ends_recomputation(error):
+            known = isinstance(timeout, int | float) and 0 < timeout < math.inf
+            with suppress(Exception):
+                ranks = ranks_of(mesh, timeout if known else _TIMEOUT)
+                agree(ranks, torch.device(mesh.device_type), partial(_refuse, error))
         raise
 
 
@@ -84,7 +95,7 @@ def _refuse(error: Exception) -> tuple[dict[str, Any], int, bool]:
 
 def ranks_for(mesh: Any, timeout: Any) -> Ranks:
     """Return the processes of a mesh, see `ranks_of`; a wrong timeout is told to all of them."""
-    with refusals_told(mesh):
+    with refusals_told(mesh, timeout):
         return ranks_of(mesh, timeout)
 
 
@@ -96,11 +107,11 @@ def fingerprint(tensor: Tensor | None) -> str | None:
     return f"{tensor.dtype} {tuple(tensor.shape)} {digest.hexdigest()[:16]}"
 
 
-def _difference(told: list[dict[str, Any]], refused: list[bool]) -> str:
+def _difference(group: Any, told: list[dict[str, Any]], refused: list[bool]) -> str:
     """Return which rank was given what, the first difference alone."""
     for rank, (content, no) in enumerate(zip(told, refused, strict=True)):
         if no:
-            return f"rank {rank} cannot go on: {content.get('error')}"
+            return f"{name_of(group, rank)} cannot go on: {content.get('error')}"
     names = list(dict.fromkeys(name for content in told for name in content))
     for name in names:
         values = [content.get(name) for content in told]
@@ -111,7 +122,7 @@ def _difference(told: list[dict[str, Any]], refused: list[bool]) -> str:
         if odd:
             other = texts.index(usual)
             return (
-                f"{name} differs: rank {odd[0]} has {texts[odd[0]]}, but rank {other} has {usual}; "
-                "give every rank the same"
+                f"{name} differs: {name_of(group, odd[0])} has {texts[odd[0]]}, but "
+                f"{name_of(group, other)} has {usual}; give every rank the same"
             )
     return "the ranks were given different arguments"

@@ -41,7 +41,7 @@ def heavy_columns(
     positions = tokens.first + torch.arange(key.shape[2], device=key.device)
     later = positions > rows[:, None]
     lse = torch.stack([x.logsumexp(-1) for x in _logits(sampled, key, later, scale)])
-    parts = tokens.ranks.gather(lse, [lse.numel()] * tokens.ranks.size)
+    parts = tokens.ranks.gather(lse, [lse.numel()] * tokens.ranks.size, "normalisers of sampled rows")
     lse = torch.stack(parts).logsumexp(0).view(lse.shape)
     hidden = (positions >= window.first(rows)[:, None]) | (positions < settings.sinks)
     found = []
@@ -53,7 +53,10 @@ def heavy_columns(
     counts = [min(settings.columns, length) for length in tokens.lengths]
     sizes = [len(masses) * count for count in counts]
     gathered = zip(
-        tokens.ranks.gather(masses, sizes), tokens.ranks.gather(places, sizes), counts, strict=True
+        tokens.ranks.gather(masses, sizes, "masses of columns"),
+        tokens.ranks.gather(places, sizes, "places of columns"),
+        counts,
+        strict=True,
     )
     pairs = [(x.view(-1, count), y.view(-1, count)) for x, y, count in gathered]
     mass, place = (torch.cat(column, dim=-1) for column in zip(*pairs, strict=True))

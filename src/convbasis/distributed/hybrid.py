@@ -13,7 +13,7 @@ from ..hybrid import hybrid_attention as attention_of_one
 from ..hybrid.settings import Settings, check_settings
 from .by_heads import attend_by_heads
 from .by_tokens import attend_by_tokens, why_not_by_tokens
-from .call import begin, opened, told
+from .call import begin, graph_of_its_own, opened, told
 from .shares import LAYOUTS, Piece
 
 
@@ -123,7 +123,7 @@ def hybrid_attention(
         )
     if layout == "tokens" and reason is not None:
         raise InputError(f"layout='tokens' with {reason}, which needs whole heads: use layout='auto'")
-    with torch.autocast(q.device.type, enabled=False):
+    with torch.autocast(q.device.type, enabled=False), graph_of_its_own():
         if layout in ("auto", "tokens") and reason is None:
             with ranks.noted():
                 output = attend_by_tokens(tokens, q, k, v, settings, factor)

@@ -48,5 +48,5 @@ def share_plan(plan: Plan | None, mesh: Any, *, source: int = 0, timeout: float 
 
     sizes, text = agree(ranks, device, check)
     letters = torch.tensor(list(text), dtype=torch.uint8, device=device)
-    arrived = ranks.gather(letters, sizes)[source]
+    arrived = ranks.gather(letters, sizes, "plan")[source]
     return loads(bytes(arrived.tolist()), f"the plan of rank {source}")

@@ -49,7 +49,7 @@ class Strips(NamedTuple):
         known = [self._between(other, rank) for other in range(size)]
         shapes = [[self._shape(tensor, *part) for part in parts] for parts in known]
         found = tensor.new_zeros((*tensor.shape[:2], *self.shape))
-        arrived = exchange(self.ranks, blocks, shapes, tensor)
+        arrived = exchange(self.ranks, blocks, shapes, tensor, "strips")
         for parts, own in zip(known, arrived, strict=True):
             for (s, low, high), block in zip(parts, own, strict=True):
                 found[s.batch, :, s.row, low - s.first : high - s.first] = block
@@ -71,7 +71,7 @@ class Strips(NamedTuple):
         known = [self._between(rank, other) for other in range(size)]
         shapes = [[self._shape(found, *part) for part in parts] for parts in known]
         tensor = found.new_zeros((*found.shape[:2], self.lengths[rank], columns))
-        arrived = exchange(self.ranks, blocks, shapes, found)
+        arrived = exchange(self.ranks, blocks, shapes, found, "sums of strips")
         for parts, own in zip(known, arrived, strict=True):
             for (s, low, high), block in zip(parts, own, strict=True):
                 tensor[s.batch, :, low - begin : high - begin, s.columns] += block

@@ -47,7 +47,7 @@ class Roads(NamedTuple):
         shapes = [
             [(batch, length_of(h), length, length_of(c)) for _, h, c in own] for length in self.lengths
         ]
-        return _joined(exchange(self.ranks, blocks, shapes, tensors[0]))
+        return _joined(exchange(self.ranks, blocks, shapes, tensors[0], "inputs of heads"))
 
     def from_shares(
         self, grads: Sequence[Tensor], shapes: Sequence[torch.Size], like: Tensor
@@ -55,7 +55,9 @@ class Roads(NamedTuple):
         """Return the gradients of this rank's tokens, from those of the parts that it wanted."""
         batch, length = shapes[0][0], self.lengths[self.ranks.rank]
         parts = [[(batch, length_of(h), length, length_of(c)) for _, h, c in w] for w in self.wanted]
-        arrived = exchange(self.ranks, _by_rank(grads, self.lengths), parts, like)
+        arrived = exchange(
+            self.ranks, _by_rank(grads, self.lengths), parts, like, "gradients of inputs"
+        )
         sums = [like.new_zeros(shape) for shape in shapes]
         for wanted, blocks in zip(self.wanted, arrived, strict=True):
             for (i, h, c), block in zip(wanted, blocks, strict=True):
@@ -69,7 +71,9 @@ class Roads(NamedTuple):
             [(batch, length_of(p.heads), length, length_of(p.columns)) for p in pieces]
             for pieces in self.pieces
         ]
-        arrived = exchange(self.ranks, _by_rank(outputs, self.lengths), shapes, like)
+        arrived = exchange(
+            self.ranks, _by_rank(outputs, self.lengths), shapes, like, "outputs of heads"
+        )
         output = like.new_empty((batch, self.heads, length, self.width))
         for pieces, blocks in zip(self.pieces, arrived, strict=True):
             for piece, block in zip(pieces, blocks, strict=True):
@@ -85,7 +89,7 @@ class Roads(NamedTuple):
             [(batch, length_of(p.heads), length, length_of(p.columns)) for p in own]
             for length in self.lengths
         ]
-        return _joined(exchange(self.ranks, blocks, shapes, grad))
+        return _joined(exchange(self.ranks, blocks, shapes, grad, "gradients of outputs"))
 
 
 def spread(
@@ -177,7 +181,8 @@ class _Gather(torch.autograd.Function):
         index = (b, h, places[b, h, p] - first)
         width = tensor.shape[-1]
         counts = torch.bincount(owner.flatten(), minlength=ranks.size).tolist()
-        arrived = ranks.gather(tensor[index], [count * width for count in counts])
+        sizes = [count * width for count in counts]
+        arrived = ranks.gather(tensor[index], sizes, "single tokens")
         found = tensor.new_empty((*places.shape, width))
         for rank, rows in enumerate(arrived):
             found[owner == rank] = rows.view(-1, width)
@@ -192,7 +197,9 @@ class _Gather(torch.autograd.Function):
         ranks: Ranks = ctx.ranks
         blocks = [[grad[owner == rank]] for rank in range(ranks.size)]
         own = blocks[ranks.rank][0]
-        arrived = ranks.all_to_all(blocks, [own.numel()] * ranks.size, grad)
+        arrived = ranks.all_to_all(
+            blocks, [own.numel()] * ranks.size, grad, "gradients of single tokens"
+        )
         total = torch.stack(arrived).sum(0).view(own.shape)
         found = grad.new_zeros(ctx.shape)
         found.index_put_(tuple(index), total, accumulate=True)
@@ -204,10 +211,19 @@ def exchange(
     blocks: Sequence[Sequence[Tensor]],
     shapes: Sequence[Sequence[tuple[int, ...]]],
     like: Tensor,
+    what: str,
 ) -> list[list[Tensor]]:
-    """Send some tensors to each rank, and return those of known shapes that came from each."""
+    """Send some tensors to each rank, and return those of known shapes that came from each.
+
+    Args:
+        ranks: the processes.
+        blocks: for each rank, what goes to it.
+        shapes: for each rank, of what comes from it.
+        like: a tensor of the dtype and device of all.
+        what: is exchanged, in at most 32 letters.
+    """
     sizes = [[math.prod(shape) for shape in own] for own in shapes]
-    arrived = ranks.all_to_all(blocks, [sum(own) for own in sizes], like)
+    arrived = ranks.all_to_all(blocks, [sum(own) for own in sizes], like, what)
     return [
         [part.view(shape) for part, shape in zip(x.split(own), of, strict=True)] if own else []
         for x, own, of in zip(arrived, sizes, shapes, strict=True)

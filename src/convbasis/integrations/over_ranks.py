@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..distributed.by_heads import attend_by_heads
-from ..distributed.call import begin
+from ..distributed.call import begin, graph_of_its_own
 from ..distributed.handshake import ranks_for, refusals_told
 from ..distributed.hybrid import hybrid_attention
 from ..distributed.shares import Piece
@@ -112,10 +112,13 @@ def prefill_over_ranks(
         fallen_back[:, piece.heads] = done.fallen_back
         return done.output
 
-    output = attend_by_heads(tokens, query, key, value, "heads", attend)
+    with graph_of_its_own():
+        output = attend_by_heads(tokens, query, key, value, "heads", attend)
     # So that the model's report is the same in all ranks.
     everyones = ranks.gather(
-        fallen_back.to(torch.uint8).to(query.device), [fallen_back.numel()] * ranks.size
+        fallen_back.to(torch.uint8).to(query.device),
+        [fallen_back.numel()] * ranks.size,
+        "heads that fell back",
     )
     total = torch.stack(everyones).amax(0).view(fallen_back.shape).bool().cpu()
     approximated = torch.tensor([head.setting is not None for head in heads]).expand_as(total)
