@@ -119,6 +119,7 @@ class Planned:
 
     plan: Plan
     dynamic: bool
+    last_rows: int = 64
 
 
 class Plain:
@@ -132,7 +133,8 @@ Method = Planned | Plain | None
 def using(model: Any, method: Method, clock: Any) -> Iterator[None]:
     """Let a model attend by a method; exactly for None."""
     if isinstance(method, Planned):
-        cb.apply_plan(model, method.plan, min_length=0, dynamic=method.dynamic)
+        own = {"dynamic": method.dynamic, "last_rows": method.last_rows}
+        cb.apply_plan(model, method.plan, min_length=0, **own)
         try:
             yield
         finally:
@@ -217,7 +219,8 @@ def parts(options: argparse.Namespace) -> None:
         rows = json.loads(place.read_text(encoding="utf-8"))["rows"]
     else:
         methods: dict[str, Method] = {"exact": None}
-        methods |= {name: Planned(uniform(plan, own), False) for name, own in settings.items()}
+        # The last rows as all others: what is asked is what the settings do.
+        methods |= {name: Planned(uniform(plan, own), False, 0) for name, own in settings.items()}
         rows = _score_texts(loaded, methods, texts(options.text, prose=True), options, place)
         _save(place, rows)
     ids = token_ids(loaded.tokenizer, sample_text(), max(options.lengths))
@@ -276,11 +279,12 @@ def curve(options: argparse.Namespace) -> None:
     loaded = load_smollm2()
     plan = Plan.load(plan_file(options))
     methods: dict[str, Method] = {"exact": None}
-    for budget in options.budgets:
+    for budget in (*options.budgets, None):  # None: the tolerance of each head alone
         for far in (True, False):
             found = replanned(options, plan, budget, far)
-            name = f"{'all' if far else 'near'} settings, budget {budget:g}"
-            methods[name] = Planned(found, True)
+            limit = "tolerance alone" if budget is None else f"budget {budget:g}"
+            methods[f"{'all' if far else 'near'} settings, {limit}"] = Planned(found, True)
+    methods["plan, last rows approximated"] = Planned(plan, True, 0)
     for name, setting in {**UNIFORM, "window 256 + segments": PARTS["window 256 + segments"]}.items():
         methods[name] = Planned(uniform(plan, setting), False)
     methods["plain conv basis, segments of 64"] = Plain()
@@ -290,8 +294,8 @@ def curve(options: argparse.Namespace) -> None:
     points: dict[str, list[tuple[float, float]]] = {}
     for name, method in methods.items():
         own = [row for row in rows if row["method"] == name]
-        if isinstance(method, Planned) and own:
-            line = name.split(", budget")[0] if method.dynamic else "one setting for all heads"
+        if isinstance(method, Planned) and own and method.last_rows:
+            line = name.split(", ")[0] if method.dynamic else "one setting for all heads"
             point = (
                 statistics.fmean(1 / row["attention_ratio"] for row in own),
                 statistics.fmean(row["kl"] for row in own),
@@ -426,7 +430,7 @@ class _Unfinished:
 def _identity(method: Method) -> str:
     """What tells one method from another, whatever it is called."""
     if isinstance(method, Planned):
-        content = repr((method.plan.heads, method.plan.tolerance, method.dynamic))
+        content = repr((method.plan.heads, method.plan.tolerance, method.dynamic, method.last_rows))
         return hashlib.sha256(content.encode()).hexdigest()
     return type(method).__name__
 
@@ -444,7 +448,7 @@ def _score_text(
     clock: Any,
     repeats: int,
 ) -> list[dict[str, Any]]:
-    targets = ids[0, -SCORED + 1 :]
+    targets = ids[0, -SCORED:]
     found: dict[str, dict[str, Any]] = {}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in methods}
     exact = torch.empty(0)
@@ -467,6 +471,7 @@ def _score_text(
                 "ids_sha256": _sha256(ids),
                 "method": name,
                 "kl": float(kl.mean()),
+                "kl_of_first_token": float(kl[0]),
                 "kl_standard_error": float(kl.std() / math.sqrt(len(kl))),
                 "kl_by_stretch": [float(own.mean()) for own in kl.split(32)],
                 "loss": float(loss.mean()),
@@ -511,7 +516,8 @@ def line(row: dict[str, Any]) -> None:
     print(
         f"| {row['n']:,} | {row['text']} | {row['method']} | {row['attention_ratio']:.2f}x "
         f"| {row['prompt_ratio']:.2f}x | {row['kl']:.4f} ± {row['kl_standard_error']:.4f} "
-        f"| {row['loss_ratio']:.4f} | {row['top1']:.1%} | {heads} |",
+        f"| {row['kl_of_first_token']:.4f} | {row['loss']:.4f} | {row['loss_ratio']:.4f} "
+        f"| {row['top1']:.1%} | {heads} |",
         flush=True,
     )
 

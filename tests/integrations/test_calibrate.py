@@ -101,15 +101,15 @@ def test_the_crossover_is_that_of_all_heads_together():
     costs = Costs([1024, 2048, 4096], [[1.5, 0.8], [0.7, 0.4], [0.5, 0.2]])
     one, two, exact = HeadPlan(LADDER[0]), HeadPlan(LADDER[1]), HeadPlan(None)
     for heads, shortest in [
-        ([one], 1024),
+        ([one], 1722),
         ([two], 0),
-        ([one, two], 1024),
-        ([one, two, two, two], 1024),  # 0.975
-        ([one, two, two, two, two], 1024),  # 0.94
+        ([one, two], 1367),
+        ([one, two, two, two], 1136),  # 0.975, then 0.475
+        ([one, two, two, two, two], 1085),  # 0.94, then 0.46
         ([one, *[two] * 7], 0),  # 0.8875
-        ([one, exact], 1024),
-        ([two, exact, exact], 1024),
-        ([one, exact, exact, exact], 2048),
+        ([one, exact], 1878),
+        ([two, exact, exact], 1218),
+        ([one, exact, exact, exact], 2896),
         ([exact, exact, two, exact, exact, exact, exact, exact, exact], 4096),
     ]:
         assert calibrate._crossover(Chosen((tuple(heads),), None), costs, LADDER) == shortest

@@ -139,7 +139,7 @@ def test_a_chunk_of_another_prompt_is_exact(caplog):
 
 def test_the_mask_of_a_long_chunk_takes_linear_memory(monkeypatch):
     model, reference = chunked(plan={"tolerance": 1e-9, "exact_heads": (1,)}, dynamic=True)
-    monkeypatch.setattr("convbasis.integrations.chunks._ROWS", 30)
+    monkeypatch.setattr("convbasis.integrations.prefill._ROWS", 30)
     tokens = ids(200)
     with torch.no_grad():
         expected = reference(tokens).logits

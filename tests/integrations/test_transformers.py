@@ -29,7 +29,7 @@ from convbasis.integrations.planned import fallbacks_by_head
 from convbasis.integrations.reasons import why_exact
 from convbasis.integrations.smollm2 import sample_text, token_ids
 from convbasis.integrations.transformers import load_plan, save_plan
-from convbasis.plan import HeadSetting, Size
+from convbasis.plan import HeadPlan, HeadSetting, Size
 
 PADDINGS = (None, "left", "right")
 
@@ -54,7 +54,8 @@ def worst(a, b):
 
 
 def planned(family="llama", setting=EVERYTHING, *, changes=(), plan=(), **options):
-    """Return a model with a plan applied, and the same model without."""
+    """Return a model with a plan applied, its last rows as all others, and the same model without."""
+    options.setdefault("last_rows", 0)
     reference = build(family, **dict(changes))
     model = build(family, **dict(changes))
     cb.apply_plan(model, plan_for(model, setting, **dict(plan)), **options)
@@ -396,6 +397,28 @@ class TestPrefill:
         monkeypatch.setattr(prefill, "attend_pieces", judged)
 
     @pytest.mark.parametrize("side", PADDINGS)
+    @pytest.mark.parametrize("last_rows", [1, 7, 100])
+    def test_the_last_rows_of_a_prompt_are_exact(self, last_rows, side):
+        tensors = [x.requires_grad_() for x in self.heads(n=90)]
+        padding = inputs(90, side)["attention_mask"].bool() if side else None
+        little = HeadPlan(HeadSetting(window=4, sinks=1, columns=0))
+        plans = [little, HeadPlan(None), little, little]
+        options = {"padding": padding, "tolerance": None}
+        found = self.run(tensors, plans, last_rows=last_rows, **options).output
+        before = self.run(tensors, plans, **options).output
+        with torch.no_grad():  # as prompts are attended to, in memory that is written in place
+            again = self.run(tensors, plans, last_rows=last_rows, **options).output
+        assert torch.allclose(found, again, atol=1e-6)
+        for row in range(2):
+            real = torch.arange(90) if padding is None else padding[row].nonzero()[:, 0]
+            own = [x[row : row + 1, :, real] for x in tensors]
+            expected, tail = self.exact(*own)[0], min(last_rows, len(real))
+            split = len(real) - tail
+            assert torch.allclose(found[row][:, real[split:]], expected[:, split:], atol=1e-5)
+            assert torch.equal(found[row][:, real[:split]], before[row][:, real[:split]])
+            assert split == 0 or (before[row][0, real[-1]] - expected[0, -1]).norm() > 0.1
+
+    @pytest.mark.parametrize("side", PADDINGS)
     def test_only_the_head_that_exceeds_the_tolerance_is_exact_again(self, side, monkeypatch):
         tensors, plan = self.heads(), plan_for(build(), LITTLE).heads[0]
         mask = None if side is None else padded(ids(50, 2), side)[1].bool()
@@ -558,7 +581,7 @@ class TestApplyAndRemove:
         assert save_plan(model, tmp_path) == tmp_path / "conv_basis_plan.json"
         again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
         assert worst(logits(again, inputs()), logits(reference, inputs())) <= 1e-5
-        cb.apply_plan(again, load_plan(tmp_path), dynamic=False)
+        cb.apply_plan(again, load_plan(tmp_path), dynamic=False, last_rows=0)
         assert worst(logits(again, inputs()), logits(model, inputs())) <= 1e-5
 
     def test_no_plan_to_save_or_read(self, tmp_path):
@@ -613,7 +636,7 @@ class TestCompile:
         cb.remove_plan(model)
         compiled = torch.compile(model, backend="eager")
         assert worst(logits(compiled, inputs()), expected) > 1e-2
-        cb.apply_plan(compiled, plan_for(model, LITTLE), dynamic=False)
+        cb.apply_plan(compiled, plan_for(model, LITTLE), dynamic=False, last_rows=0)
         assert worst(logits(compiled, inputs()), expected) <= 1e-5
         cb.remove_plan(compiled)
         assert worst(logits(compiled, inputs()), expected) > 1e-2

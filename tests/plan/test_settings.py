@@ -38,6 +38,9 @@ class TestSize:
             ({"power": float("nan")}, "power=nan is not a finite number >= 0"),
             ({"power": -1.0}, "power=-1.0 is not a finite number >= 0"),
             ({"multiple": 0}, "multiple=0 is not a positive integer"),
+            ({"power": 1e6}, "power=1000000.0 is more than 4.0"),
+            ({"size": 10**20}, "size=100000000000000000000 is more than"),
+            ({"multiple": 10**20}, "multiple=100000000000000000000 is more than"),
         ],
         ids=str,
     )

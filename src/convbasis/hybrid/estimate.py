@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 # Standard errors above the mean of the squared errors that make the bound. Errors of rows are heavy in
 # the tails: with the 1.64 of a normal distribution it would hold for three heads of four.
 _STANDARD_ERRORS = 7.0
+# A head of which more than this share of rows is off by more than this part of their norms is told so,
+# however small the error of the whole: a few rows that look for something far away may be all that a
+# prompt is about.
+_SHARE, _PART = 0.05, 0.5
 
 
 def error_bound(
     output: Tensor, exact: Tensor, rows: Tensor, begin: int, offset: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Return an estimate of the relative error of each head's output in the Euclidean norm, and its
-    upper bound at 95 % confidence, ``(R,)`` each.
+    upper bound at 95 % confidence, ``(R,)`` each; where a twentieth of the rows may be off by more
+    than half, the bound is at least that.
 
     Args:
         output: ``(R, m, d_v)``, of the last m rows.
@@ -39,4 +46,20 @@ def error_bound(
     deviation = error.std(-1) if count > 1 else mean
     scale = far / size.clamp(min=1e-300)
     bound = mean + _STANDARD_ERRORS * deviation / count**0.5
-    return (mean * scale).sqrt(), (bound * scale).sqrt()
+    bound = (bound * scale).sqrt()
+    of_rows = _exceeded_by_few(error.sqrt(), torch.linalg.vector_norm(exact, dim=-1))
+    return (mean * scale).sqrt(), torch.where(of_rows > _PART, bound.fmax(of_rows), bound)
+
+
+def _exceeded_by_few(errors: Tensor, norms: Tensor) -> Tensor:
+    """Return the relative error that a twentieth of all rows exceeds at most, at 95 % confidence.
+
+    It is the k-th largest of the sampled ones ``(R, s)``, for the largest k that fewer than k of them
+    would exceed in one of twenty samples only. Rows that are small beside the median one count as
+    that: what little they hold may be next to nothing. 1, as large as the row, is the most.
+    """
+    relative = errors / norms.fmax(norms.median(-1, keepdim=True).values).clamp(min=1e-300)
+    count = errors.shape[-1]
+    expected = _SHARE * count
+    k = math.ceil(expected - 1.645 * (expected * (1 - _SHARE)) ** 0.5)
+    return relative.topk(max(1, k), dim=-1).values[:, -1].clamp(max=1.0)

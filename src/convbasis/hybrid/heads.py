@@ -38,8 +38,9 @@ class HybridStats(NamedTuple):
     """``(B, H, n)`` natural log of the normaliser, of the keys that count; -inf at padding."""
     error_estimate: Tensor
     """``(B, H)`` float64, upper bound at 95 % confidence of the relative error of a head's output
-    against exact attention, in the Euclidean norm; 0 where everything is exact. With 64
-    samples, errors of fewer than about one row in forty may go unseen."""
+    against exact attention, in the Euclidean norm; 0 where everything is exact. Where one row in
+    twenty may be off by more than half of its norm, it is at least as large as that. Errors of fewer
+    rows may go unseen."""
     dispatch: HybridDispatch
     """What ran."""
     error_mean: Tensor

@@ -170,16 +170,22 @@ def calibration(
 
 
 def _crossover(chosen: Chosen, costs: Costs, ladder: Sequence[HeadSetting]) -> int:
-    """Return the longest measured prompt for which the plan saves next to nothing, 0 for none."""
+    """Return the longest prompt for which the plan saves next to nothing, 0 for none: between the last
+    measured one of those and the next."""
     settings = [head.setting for layer in chosen.heads for head in layer]
     place: dict[HeadSetting | None, int] = {setting: index for index, setting in enumerate(ladder)}
     place[None] = len(ladder)
-    shortest = 0
+    shortest, before = 0, None
     for n, of_settings in zip(costs.lengths, costs.costs, strict=True):
         with_exact = [*of_settings, 1.0]
-        total = sum(with_exact[place[setting]] for setting in settings)
-        if total > _WORTH_IT * len(settings):
+        total = sum(with_exact[place[setting]] for setting in settings) / len(settings)
+        if total > _WORTH_IT:
             shortest = n
+        elif before is not None and shortest == before[0]:
+            # Between the two lengths costs fall about as straight lines do against log n.
+            part = (before[1] - _WORTH_IT) / (before[1] - total)
+            shortest = round(before[0] * (n / before[0]) ** part)
+        before = (n, total)
     return shortest
 
 

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from ..hybrid import HybridState
 from ..plan import ConcreteSetting, HeadPlan
-from .prefill import Prefill, of_heads
+from .prefill import Prefill, exact_rows, of_heads
 
-_ROWS = 512  # rows of exact heads that share a mask
+_KNOWN = 64  # latest keys by which a prompt is known again
 
 
 class ChunkedLayer:
@@ -54,12 +53,9 @@ class ChunkedLayer:
     def goes_on(self, key: Tensor, offset: int) -> bool:
         """Whether keys ``(B, H_kv, n, d)`` of which `offset` are older are of the same prompts."""
         last = self._last
-        return (
-            offset == self.length
-            and last is not None
-            and last.shape == key[:, :, 0].shape
-            and torch.equal(last, key[:, :, offset - 1])
-        )
+        if last is None or offset != self.length or last.shape[:2] != key.shape[:2]:
+            return False
+        return torch.equal(last, key[:, :, offset - last.shape[2] : offset])
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, tolerance: float | None) -> Prefill:
         """Return causal attention of the next tokens over all so far.
@@ -82,33 +78,13 @@ class ChunkedLayer:
             if tolerance is not None:
                 fallen_back[:, members] = ~(stats.error_estimate <= tolerance).cpu()
         self.length += m
-        self._last = key[:, :, -1].clone()
+        self._last = key[:, :, -_KNOWN:].clone()
         for row, again in enumerate((exact | fallen_back).tolist()):
             members = [head for head in range(self._count) if again[head]]
             if members:
                 chosen = of_heads(members, *(x[row : row + 1] for x in (query, key, value)))
-                output[row, members] = _exact(*chosen, self._scale)[0]
+                output[row, members] = exact_rows(*chosen, self._scale)[0]
         return Prefill(output, fallen_back, ~exact)
-
-
-def _exact(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Return causal attention of the last rows, some at a time: their mask takes O(n) memory."""
-    m, n = query.shape[2], key.shape[2]
-    found = []
-    for low in range(0, m, _ROWS):
-        rows = torch.arange(low, min(m, low + _ROWS), device=query.device) + n - m
-        end = n - m + low + len(rows)
-        found.append(
-            scaled_dot_product_attention(
-                query[:, :, low : low + len(rows)],
-                key[:, :, :end],
-                value[:, :, :end],
-                attn_mask=torch.arange(end, device=query.device) <= rows[:, None],
-                scale=scale,
-                enable_gqa=True,
-            )
-        )
-    return torch.cat(found, dim=2)
 
 
 def _strictly(sizes: ConcreteSetting) -> ConcreteSetting:

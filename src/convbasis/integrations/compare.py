@@ -92,7 +92,7 @@ def compare_plan(
     if applied_to(model) is not None:
         raise InputError(f"this {type(model).__name__} has a plan already; remove_plan takes it off")
     plan.check_model(model)
-    targets = input_ids[0, -scored + 1 :]
+    targets = input_ids[0, -scored:]
     times: list[list[tuple[float, float]]] = [[], []]
     logs: list[Tensor] = []
     report = PlanReport(0, 0, 0, 0)
@@ -148,7 +148,7 @@ def timed_attention(model: Any) -> Iterator[Clock]:
 
 @torch.no_grad()
 def run_prompt(model: Any, ids: Tensor, scored: int, clock: Clock) -> tuple[Tensor, float, float]:
-    """Return what follows all but the last tokens, and the seconds of that prompt.
+    """Return what is said of the last tokens, and the seconds of the prompt before them.
 
     Args:
         model: a transformers model under `timed_attention`.
@@ -157,14 +157,16 @@ def run_prompt(model: Any, ids: Tensor, scored: int, clock: Clock) -> tuple[Tens
         clock: of `timed_attention`.
 
     Returns:
-        log-probabilities ``(scored - 1, V)``, and the attention's and the whole prompt's seconds.
+        log-probabilities ``(scored, V)``, of which the first come from the prompt itself, and the
+        attention's and the whole prompt's seconds.
     """
     clock.seconds = 0.0
     begin = seconds_on(ids.device)
     done = model(ids[:, :-scored], use_cache=True, logits_to_keep=1)
     whole, attention = seconds_on(ids.device) - begin, clock.seconds
     rest = model(ids[:, -scored:], past_key_values=done.past_key_values, use_cache=True)
-    return rest.logits[0, :-1].float().log_softmax(-1), attention, whole
+    logits = torch.cat([done.logits[0, -1:], rest.logits[0, :-1]])
+    return logits.float().log_softmax(-1), attention, whole
 
 
 def _scored(logs: Tensor, exact: Tensor, targets: Tensor, times: list[tuple[float, float]]) -> Scored:

@@ -108,6 +108,7 @@ def prefill_over_ranks(
             padding=padding,
             tolerance=applied.tolerance(n),
             min_length=applied.min_length,
+            last_rows=applied.last_rows,
         )
         fallen_back[:, piece.heads] = done.fallen_back
         return done.output

@@ -56,6 +56,8 @@ class AppliedPlan:
     """Over whose ranks the tokens of a prompt are spread; None for one process."""
     timeout: float = 300.0
     """Seconds for each exchange between ranks."""
+    last_rows: int = 0
+    """Latest tokens of a prompt in which every head is exact."""
     prefills: int = 0
     approximated: int = 0
     exact: int = 0
@@ -125,6 +127,7 @@ def apply_plan(
     chunked: bool = False,
     mesh: Any = None,
     timeout: float = 300.0,
+    last_rows: int = 64,
 ) -> None:
     """Let a loaded transformers model attend to long prompts by a plan.
 
@@ -153,6 +156,10 @@ def apply_plan(
             some heads; what is not planned is exact. Whole prompts alone: no decoding, no chunks.
         timeout: seconds in which each exchange between ranks is over, or an error names the rank that
             is missing.
+        last_rows: in so many of the latest tokens of every prompt all heads are exact, at a cost of
+            2 last_rows / n of exact attention: the first new token is made of them, and what a prompt
+            asks for at its end is found as exactly as ever. Not with chunked=True, where the end of the
+            prompt is not known.
 
     Raises:
         InputError: the plan is for another model, the model does not attend through the attention
@@ -183,6 +190,7 @@ def apply_plan(
     if min_length is None:
         min_length = plan.min_length
     min_length = check_nonnegative_int("min_length", min_length)
+    last_rows = check_nonnegative_int("last_rows", last_rows)
     if mesh is not None and chunked:
         raise InputError("mesh was given with chunked=True; over ranks a prompt comes as a whole")
     if mesh is not None:
@@ -202,7 +210,15 @@ def apply_plan(
             "a plan needs a model that does"
         )
     applied = AppliedPlan(
-        plan, min_length, bool(dynamic), bool(training), bool(chunked), before, mesh, timeout
+        plan,
+        min_length,
+        bool(dynamic),
+        bool(training),
+        bool(chunked),
+        before,
+        mesh,
+        timeout,
+        last_rows,
     )
     for module in (model, *layers):
         setattr(module, _ATTRIBUTE, applied)

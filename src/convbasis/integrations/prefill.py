@@ -16,6 +16,8 @@ from ..hybrid.heads import attend_pieces, pieces_of_work
 from ..hybrid.settings import Settings, check_settings
 from ..plan import HeadPlan
 
+_ROWS = 512  # of exact attention that share a mask
+
 
 class Prefill(NamedTuple):
     """What a planned layer gives for a batch of prompts."""
@@ -38,6 +40,7 @@ def planned_prefill(
     padding: Tensor | None,
     tolerance: float | None,
     min_length: int = 0,
+    last_rows: int = 0,
 ) -> Prefill:
     """Return causal attention of one layer over whole prompts, each head by its setting.
 
@@ -53,6 +56,7 @@ def planned_prefill(
         tolerance: a head whose estimated error exceeds it in a prompt is computed exactly in that
             prompt; None leaves every head as it is.
         min_length: prompts of at most so many tokens are exact.
+        last_rows: the latest tokens of each prompt, in which every head is exact.
     """
     batch, count, n, _ = query.shape
     check_qkv(query, key, value, True)
@@ -89,18 +93,22 @@ def planned_prefill(
         if tolerance is not None:
             fallen_back[b, members] = ~(group.bound <= tolerance).cpu()
     for row, exact in enumerate((~approximated | fallen_back).tolist()):
-        members = [head for head in range(count) if exact[head]]
-        if members:
-            real = slice(None) if padding is None else padding[row].nonzero()[:, 0]
-            chosen = of_heads(members, *(x[row : row + 1, :, real] for x in (query, key, value)))
-            attended = scaled_dot_product_attention(
-                *chosen, is_causal=True, scale=scale, enable_gqa=True
-            )
+        real = None if padding is None else padding[row].nonzero()[:, 0]
+        for members, rows in (
+            ([head for head in range(count) if exact[head]], lengths[row]),
+            ([head for head in range(count) if not exact[head]], min(last_rows, lengths[row])),
+        ):
+            if not members or not rows:
+                continue
+            every = slice(None) if real is None else real
+            tensors = (x[row : row + 1, :, every] for x in (query, key, value))
+            own, keys, values = of_heads(members, *tensors)
+            attended = exact_rows(own[:, :, lengths[row] - rows :], keys, values, scale)
             places = torch.tensor(members, device=query.device)
-            if padding is None:
-                output[row, places] = attended[0]
+            if real is None:
+                output[row, places, n - rows :] = attended[0]
             else:
-                output[row, places[:, None], real] = attended[0]
+                output[row, places[:, None], real[lengths[row] - rows :]] = attended[0]
     return Prefill(output, fallen_back, approximated)
 
 
@@ -142,6 +150,37 @@ def sliding_prefill(
         enable_gqa=True,
         key_padding_mask=padding,
     )
+
+
+def exact_rows(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Return causal attention of the last rows, all or some at a time: a mask takes O(n) memory.
+
+    Args:
+        query: ``(1, H, m, d)``, of the last m tokens.
+        key: ``(1, H_kv, n, d)``.
+        value: ``(1, H_kv, n, d_v)``.
+        scale: factor of the logits.
+    """
+    m, n = query.shape[2], key.shape[2]
+    if m == n:
+        return scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scale, enable_gqa=True
+        )
+    found = []
+    for low in range(0, m, _ROWS):
+        rows = torch.arange(low, min(m, low + _ROWS), device=query.device) + n - m
+        end = n - m + low + len(rows)
+        found.append(
+            scaled_dot_product_attention(
+                query[:, :, low : low + len(rows)],
+                key[:, :, :end],
+                value[:, :, :end],
+                attn_mask=torch.arange(end, device=query.device) <= rows[:, None],
+                scale=scale,
+                enable_gqa=True,
+            )
+        )
+    return torch.cat(found, dim=2)
 
 
 def of_heads(

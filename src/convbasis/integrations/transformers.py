@@ -92,9 +92,10 @@ def _attend_by_plan(
     if not begins and not (applied.chunked and n > 1):
         return _exact_and_finite(module, query, key, value, mask, **options)
     heads = applied.layer(layer)
-    planned = (applied.chunked or n > applied.min_length) and any(
-        head.setting is not None for head in heads
-    )
+    some = any(head.setting is not None for head in heads)
+    # A dense mask is not needed for padding: each prompt of the batch is attended to by itself.
+    padded = isinstance(mask, MaskSpec) and mask.hides_padding()
+    planned = some if applied.chunked else n > applied.min_length and (some or padded)
     if planned and module.training and not applied.training:
         planned = False
         applied.tell_once("the model is in training mode; training=True approximates", logging.INFO)
@@ -135,6 +136,7 @@ def _attend_by_plan(
         padding=padding,
         tolerance=applied.tolerance(longest),
         min_length=applied.min_length,
+        last_rows=applied.last_rows,
     )
     return _counted(applied, layer, done)
 

@@ -9,6 +9,9 @@ from typing import NamedTuple
 from ..checks import check_nonnegative, check_nonnegative_int, check_positive_int, describe
 from ..errors import InputError
 from ..hybrid import FAR_FIELDS
+from ..hybrid.window import BLOCK
+
+_LARGEST, _LARGEST_POWER = 1 << 40, 4.0  # of what a file may ask for
 
 
 class ConcreteSetting(NamedTuple):
@@ -59,8 +62,12 @@ class Size:
         """Check every field."""
         check_nonnegative_int("size", self.size)
         check_positive_int("length", self.length, "the calibrated length in tokens")
-        check_nonnegative("power", self.power)
+        if check_nonnegative("power", self.power) > _LARGEST_POWER:
+            raise InputError(f"power={self.power} is more than {_LARGEST_POWER}, growth beyond any use")
         check_positive_int("multiple", self.multiple, "what the size is rounded up to")
+        for name in ("size", "length", "multiple"):
+            if getattr(self, name) > _LARGEST:
+                raise InputError(f"{name}={getattr(self, name)} is more than {_LARGEST}")
 
     def at(self, n: int) -> int:
         """Return the size for a prompt of n tokens."""
@@ -102,8 +109,8 @@ class HeadSetting:
         """Check every field."""
         for name in ("window", "sinks", "columns", "blocks"):
             value = getattr(self, name)
-            if not isinstance(value, Size):
-                check_nonnegative_int(name, value)
+            if not isinstance(value, Size) and check_nonnegative_int(name, value) > _LARGEST:
+                raise InputError(f"{name}={value} is more than {_LARGEST}")
         if self.window == 0 or (isinstance(self.window, Size) and self.window.size == 0):
             raise InputError("window=0 leaves a query without its own key; give at least 1 token")
         if self.far_field not in FAR_FIELDS:
@@ -128,10 +135,10 @@ class HeadSetting:
     def at(self, n: int) -> ConcreteSetting:
         """Return the sizes for a prompt of n tokens; those counted in keys are at most n."""
         return ConcreteSetting(
-            window=min(_at(self.window, n), n),
+            window=max(1, min(_at(self.window, n), n)),
             sinks=min(_at(self.sinks, n), n),
             columns=min(_at(self.columns, n), n),
-            blocks=_at(self.blocks, n),
+            blocks=min(_at(self.blocks, n), -(-n // BLOCK)),
             far_field=self.far_field,
             key_weights=self.key_weights,
             correction=self.correction,
