@@ -266,9 +266,10 @@ def _parts_table(rows: list[dict[str, Any]], names: list[str], lengths: list[int
 
 
 def _at_cost(points: list[tuple[float, torch.Tensor]], cost: float) -> torch.Tensor | None:
-    """Logarithms of KL at a cost, on the line through two of the points; None beyond them."""
+    """Logarithms of KL at a cost, on the line through two of the points; None far beyond them."""
     for (low, of_low), (high, of_high) in itertools.pairwise(points):
-        if low <= cost <= high:
+        last = high == points[-1][0]
+        if low <= cost <= (1.25 * high if last else high):
             part = (cost - low) / (high - low)
             return (1 - part) * of_low + part * of_high
     return None
