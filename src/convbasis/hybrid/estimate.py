@@ -55,10 +55,10 @@ def _exceeded_by_few(errors: Tensor, norms: Tensor) -> Tensor:
     """Return the relative error that a twentieth of all rows exceeds at most, at 95 % confidence.
 
     It is the k-th largest of the sampled ones ``(R, s)``, for the largest k that fewer than k of them
-    would exceed in one of twenty samples only. Rows that are small beside the median one count as
-    that: what little they hold may be next to nothing. 1, as large as the row, is the most.
+    would exceed in one of twenty samples only. Rows smaller than the mean count as the mean: what
+    little they hold may be next to nothing. 1, as large as the row, is the most.
     """
-    relative = errors / norms.fmax(norms.median(-1, keepdim=True).values).clamp(min=1e-300)
+    relative = errors / norms.fmax(norms.mean(-1, keepdim=True)).clamp(min=1e-300)
     count = errors.shape[-1]
     expected = _SHARE * count
     k = math.ceil(expected - 1.645 * (expected * (1 - _SHARE)) ** 0.5)

@@ -56,8 +56,7 @@ def segment_keys(
         """Return the weighted means over runs of keys, ``(R, runs, ·)``."""
         own = weights[:, :stop].unflatten(1, (-1, length))
         share = own / own.sum(-1, keepdim=True).clamp(min=torch.finfo(own.dtype).tiny)
-        # Products of so few rows are slower than sums.
-        return (share[..., None] * tensor[0, :stop].unflatten(0, (-1, length))).sum(2)
+        return torch.einsum("rsl,sld->rsd", share, tensor[0, :stop].unflatten(0, (-1, length)))
 
     # How many keys of each block a block of queries sees here.
     by_block = numbers.unflatten(1, (total, BLOCK)).sum(-1)
