@@ -36,7 +36,7 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -311,10 +311,12 @@ def curve(options: argparse.Namespace) -> None:
 
 
 def bounds(options: argparse.Namespace) -> None:
-    """How often the bound of a head's error holds, and how wide it is, for each setting."""
+    """How often the bound of a head's error holds, and how wide it is, for each setting; and the errors
+    of the heads as a plan has them."""
     loaded = load_smollm2()
     ladder = default_ladder(options.length)
-    rows = []
+    plan = Plan.load(plan_file(options))
+    rows, worst = [], []
     print("| text | setting | bound holds | bound / error, median |\n|---|---|---|---|", flush=True)
     for text, content in texts(options.text, prose=True).items():
         if options.kinds and text not in options.kinds:
@@ -337,11 +339,35 @@ def bounds(options: argparse.Namespace) -> None:
             rows.append(row)
             found = f"{row['holds']:.1%} | {row['ratio']:.2f}"
             print(f"| {text} | {row['setting']} | {found} |", flush=True)
+        worst.append({"text": text, **_errors_of_plan(plan, ladder, measured)})
     print(
         f"| all | all | {statistics.fmean(row['holds'] for row in rows):.1%} "
         f"| {statistics.median(row['ratio'] for row in rows):.2f} |"
     )
-    _save(options.folder / "pretrained-bounds.json", rows)
+    print("\n| text | heads kept | error of the median one | of the worst | layer, head |")
+    print("|---|---|---|---|---|")
+    for row in worst:
+        print(
+            f"| {row['text']} | {row['kept']} | {row['median']:.3f} | {row['worst']:.3f} "
+            f"| {row['layer']}, {row['head']} |"
+        )
+    _save(options.folder / "pretrained-bounds.json", rows, of_plan=worst)
+
+
+def _errors_of_plan(
+    plan: Plan, ladder: Sequence[HeadSetting], measured: list[Measured]
+) -> dict[str, Any]:
+    """The errors of the heads that a plan approximates and that do not fall back."""
+    errors = []
+    for layer, heads in enumerate(plan.heads):
+        for head, planned in enumerate(heads):
+            if planned.setting is not None:
+                index = ladder.index(planned.setting)
+                if measured[layer].bounds[index][head] <= plan.tolerance:
+                    errors.append((measured[layer].errors[index][head], layer, head))
+    error, layer, head = max(errors)
+    median = statistics.median(error for error, _, _ in errors)
+    return {"kept": len(errors), "median": median, "worst": error, "layer": layer, "head": head}
 
 
 def _by_text(rows: list[dict[str, Any]]) -> list[dict[str, float]]:

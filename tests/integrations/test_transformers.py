@@ -29,6 +29,7 @@ from convbasis.integrations.planned import fallbacks_by_head
 from convbasis.integrations.reasons import why_exact
 from convbasis.integrations.smollm2 import sample_text, token_ids
 from convbasis.integrations.transformers import load_plan, save_plan
+from convbasis.integrations.weights import weights_sha256
 from convbasis.plan import HeadPlan, HeadSetting, Size
 
 PADDINGS = (None, "left", "right")
@@ -525,6 +526,27 @@ class TestNotFinite:
             model.model.layers[0].self_attn.q_proj.weight[0, 0] = float("nan")
             with pytest.raises(cb.InputError, match="the output of layer 0 holds"):
                 model(ids(1), past_key_values=cache)
+
+
+class TestWeights:
+    def test_a_plan_for_other_weights_is_told(self):
+        model, other = build(), build()
+        plan = plan_for(model, weights_sha256=weights_sha256(model))
+        cb.apply_plan(model, plan)
+        with torch.no_grad():
+            other.model.layers[1].self_attn.q_proj.weight[-1] += 1.0
+        with pytest.warns(cb.ConvBasisWarning, match="with other weights than this LlamaForCausalLM"):
+            cb.apply_plan(other, plan)
+        assert cb.plan_report(other).prefills == 0  # it holds all the same
+
+    def test_the_same_weights_in_other_types(self):
+        model = build()
+        known = weights_sha256(model)
+        assert weights_sha256(model.bfloat16()) == known
+        assert weights_sha256(model.float()) == known
+
+    def test_weights_that_are_not_at_hand(self):
+        assert weights_sha256(build().to("meta")) is None
 
 
 class TestApplyAndRemove:

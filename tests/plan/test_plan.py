@@ -217,6 +217,14 @@ class TestFile:
         with pytest.raises(cb.FileFormatError, match=message):
             cb.Plan.load(edited(file, edit))
 
+    def test_a_plan_that_does_not_tell_the_weights(self, file):
+        known = plan(weights_sha256="ab" * 32)
+        known.save(file)
+        assert cb.Plan.load(file) == known
+        assert cb.Plan.load(edited(file, lambda parsed: parsed.pop("weights_sha256"))) == plan()
+        with pytest.raises(cb.InputError, match="weights_sha256='short' is not a fingerprint"):
+            plan(weights_sha256="short")
+
     def test_numbers_that_are_not_finite(self, file):
         for number in ("NaN", "Infinity"):
             plan().save(file)

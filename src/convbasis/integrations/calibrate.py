@@ -16,8 +16,9 @@ from ..plan import HeadSetting, ModelShape, Plan
 from ..plan.choice import Chosen, choose
 from ..plan.ladder import Costs, Measured, default_ladder, measure, measure_costs
 from .capture import CapturedLayer, observe_layers
-from .checkpoint import Checkpoint, weights_sha256
+from .checkpoint import Checkpoint
 from .sensitivity import head_sensitivities
+from .weights import weights_sha256
 
 _COSTS, _SENSITIVITIES = "costs", "sensitivities"
 _WORTH_IT = 0.9  # a plan's cost that it is applied for: heads that fall back cost more
@@ -165,7 +166,16 @@ def calibration(
     allowed = margin * tolerance
     chosen = choose(measured, costs.costs[-1], steps, allowed, budget, effects)
     shortest = _crossover(chosen, costs, steps)
-    plan = Plan(shape, digest, float(tolerance), n, shortest, chosen.heads, chosen.predicted_kl)
+    plan = Plan(
+        shape,
+        digest,
+        float(tolerance),
+        n,
+        shortest,
+        chosen.heads,
+        chosen.predicted_kl,
+        weights_sha256(model),
+    )
     return Calibration(plan, steps, measured, costs.costs[-1], allowed, effects)
 
 

@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..errors import FileFormatError
 from ..storage import remove_parts, save_text
-
-_ENDS = 32  # numbers at either end of a parameter
-
-
-def weights_sha256(model: Any) -> str:
-    """Return a fingerprint of a model's weights: of both ends of every parameter, to be quick."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().flatten()
-        ends = torch.cat([flat[:_ENDS], flat[-_ENDS:]]).float().cpu()
-        digest.update(f"{name} {tuple(parameter.shape)} {ends.tolist()}".encode())
-    return digest.hexdigest()
 
 
 class Checkpoint:

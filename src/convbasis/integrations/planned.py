@@ -16,6 +16,7 @@ from ..errors import ConvBasisWarning, InputError, MissingPathError
 from ..plan import HeadPlan, Plan
 from .chunks import ChunkedLayer
 from .same_in_ranks import check_positions
+from .weights import weights_sha256
 
 logger = logging.getLogger("convbasis")
 
@@ -161,6 +162,9 @@ def apply_plan(
             asks for at its end is found as exactly as ever. Not with chunked=True, where the end of the
             prompt is not known.
 
+    Warns:
+        ConvBasisWarning: the plan was made for other weights of such a model.
+
     Raises:
         InputError: the plan is for another model, the model does not attend through the attention
             interface, or an argument cannot be used; with a mesh, rotary positions that depend on the
@@ -187,6 +191,7 @@ def apply_plan(
     if not isinstance(plan, Plan):
         raise InputError(f"plan is {describe(plan)}; a Plan is wanted: Plan.load reads one from a file")
     plan.check_model(model)
+    _compare_weights(model, plan)
     if min_length is None:
         min_length = plan.min_length
     min_length = check_nonnegative_int("min_length", min_length)
@@ -222,6 +227,21 @@ def apply_plan(
     )
     for module in (model, *layers):
         setattr(module, _ATTRIBUTE, applied)
+
+
+def _compare_weights(model: Any, plan: Plan) -> None:
+    """Warn if the plan is of other weights than the model's: its errors and costs may be others."""
+    if plan.weights_sha256 is None or plan.weights_sha256 == (
+        weights_sha256(model) or plan.weights_sha256
+    ):
+        return
+    warnings.warn(
+        f"the plan was made for a {plan.model.name!r} with other weights than this "
+        f"{type(model).__name__} has: its settings may be too coarse for it; calibrate this model, or "
+        "see what `convbasis compare` finds",
+        ConvBasisWarning,
+        stacklevel=3,
+    )
 
 
 def remove_plan(model: Any) -> None:

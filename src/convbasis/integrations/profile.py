@@ -18,8 +18,9 @@ from ..hybrid.selection import heaviest, seen_columns
 from ..plan import HeadSetting, ModelShape
 from ..plan.ladder import default_ladder, measure, measure_costs
 from .capture import CapturedLayer, observe_layers
-from .checkpoint import Checkpoint, weights_sha256
+from .checkpoint import Checkpoint
 from .views import SeenHead, best_settings, both_samples, lag_weights, rounded_row, see_heads
+from .weights import weights_sha256
 
 TOLERANCES = (0.5, 1.0, 2.0, 4.0)
 """Of the logits' decomposition, in nats."""

@@ -33,6 +33,7 @@ def dumps(plan: Plan) -> str:
         "calibrated_length": plan.calibrated_length,
         "min_length": plan.min_length,
         "predicted_kl": plan.predicted_kl,
+        "weights_sha256": plan.weights_sha256,
     }
     lines = [f"  {json.dumps(name)}: {json.dumps(value)}," for name, value in top.items()]
     layers = [
@@ -93,7 +94,9 @@ def _plan(parsed: object) -> Plan:
         "tolerance",
         "calibrated_length",
     )
-    top = _fields("the file", parsed, (*names, "min_length", "predicted_kl", "layers"))
+    rest = ("min_length", "predicted_kl", "weights_sha256", "layers")
+    # Plans of earlier releases do not tell the weights.
+    top = _fields("the file", {"weights_sha256": None, **parsed}, (*names, *rest))
     names = tuple(field.name for field in dataclasses.fields(ModelShape))
     shape = _make("model", ModelShape, **_fields("model", top["model"], names))
     length = top["calibrated_length"]
@@ -112,6 +115,7 @@ def _plan(parsed: object) -> Plan:
         min_length=top["min_length"],
         heads=layers,
         predicted_kl=top["predicted_kl"],
+        weights_sha256=top["weights_sha256"],
     )
 
 

@@ -51,6 +51,8 @@ class Plan:
         heads: for each layer, one `HeadPlan` for each query head.
         predicted_kl: what the heads' errors add up to in the calibration texts: KL(exact || planned) of
             the next token's distribution, in nats; None if it was not predicted.
+        weights_sha256: fingerprint of the model's weights, 64 hexadecimal digits; None if it was not
+            taken.
 
     Example:
         >>> shape = ModelShape("tiny", "llama", layers=1, heads=2, kv_heads=1, head_dim=8)
@@ -67,16 +69,18 @@ class Plan:
     min_length: int
     heads: tuple[tuple[HeadPlan, ...], ...]
     predicted_kl: float | None = None
+    weights_sha256: str | None = None
 
     def __post_init__(self) -> None:
         """Check every field, and that they agree."""
-        if not isinstance(self.texts_sha256, str) or not re.fullmatch(
-            "[0-9a-f]{64}", self.texts_sha256
-        ):
-            raise InputError(
-                f"texts_sha256={describe(self.texts_sha256)} is not a fingerprint; "
-                "64 hexadecimal digits are wanted"
-            )
+        for name in ("texts_sha256", "weights_sha256"):
+            given = getattr(self, name)
+            if given is None and name == "weights_sha256":
+                continue
+            if not isinstance(given, str) or not re.fullmatch("[0-9a-f]{64}", given):
+                raise InputError(
+                    f"{name}={describe(given)} is not a fingerprint; 64 hexadecimal digits are wanted"
+                )
         if check_nonnegative("tolerance", self.tolerance) == 0:
             raise InputError("tolerance=0 allows no approximation; give a positive relative error")
         check_positive_int("calibrated_length", self.calibrated_length, "a number of tokens")
