@@ -263,6 +263,29 @@ def pretrained(rank, ranks):
         model(input_ids=ids[:, :2], past_key_values=filled(model), position_ids=places[:, :2])
 
 
+def pretrained_gradients(rank, ranks):
+    """Those of a planned model's weights are the sums over the ranks of a prompt."""
+    n = 131
+    lengths = split(n, ranks)
+    places = torch.arange(n)[None]
+    ids = tiny_models.ids(n)
+    up = torch.randn(1, n, 60, generator=torch.Generator().manual_seed(5))
+    found = []
+    for spread in (False, True):
+        model = build("llama")
+        options = {"mesh": mesh_of(ranks), "timeout": 60} if spread else {}
+        cb.apply_plan(model, plan_for(model, LITTLE), dynamic=False, last_rows=20, **options)
+        tensors = [own(x, lengths, rank, 1) if spread else x for x in (ids, places, up)]
+        logits = model(input_ids=tensors[0], position_ids=tensors[1], use_cache=False).logits
+        (logits * tensors[2]).sum().backward()
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        if spread:
+            for gradient in gradients.values():
+                torch.distributed.all_reduce(gradient)
+        found.append(gradients)
+    same_gradients(*found)
+
+
 def chunked_model(chunk):
     """A model whose first layer attends within chunks of the prompt."""
     from transformers import AutoModelForCausalLM, Llama4TextConfig
@@ -410,6 +433,7 @@ CHECKS = (
     meshes,
     names,
     pretrained,
+    pretrained_gradients,
     unequal_plans,
     what_the_whole_prompt_rules_out,
     sockets,
