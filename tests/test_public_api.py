@@ -95,6 +95,7 @@ def test_arguments_are_pinned():
     assert names(cb.ConvBasis) == ["segment_kernels", "starts"]
     assert names(cb.apply_plan) == [
         "model", "plan", "min_length", "dynamic", "training", "chunked", "mesh", "timeout",
+        "last_rows",
     ]  # fmt: skip
     assert names(cb.calibrate) == [
         "model", "token_ids", "tolerance", "margin", "budget", "ladder", "checkpoint", "progress",
