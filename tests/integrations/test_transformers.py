@@ -491,6 +491,18 @@ class TestPaddedPrompts:
             alone = model(tokens[1:, place]).logits
         assert worst(found[1, place], alone[0]) <= 1e-5
 
+    @pytest.mark.parametrize("side", ["left", "right"])
+    def test_a_layer_of_exact_heads_makes_no_dense_mask(self, side, monkeypatch):
+        model, reference = planned(plan={"exact_heads": range(4)})
+        tokens, mask, _ = self.batch(side)
+        with torch.no_grad():
+            expected = reference(tokens, attention_mask=mask).logits
+            monkeypatch.setattr(MaskSpec, "for_sdpa", None)
+            found = model(tokens, attention_mask=mask).logits
+        real = mask.bool()
+        assert worst(found[real], expected[real]) <= 1e-5
+        assert cb.plan_report(model) == (2, 0, 16, 0)
+
     def test_a_short_prompt_beside_a_long_one_is_exact(self):
         model, reference = planned(setting=GROWING, min_length=80, dynamic=False)
         tokens, mask, place = self.batch("right")
@@ -541,8 +553,9 @@ class TestWeights:
 
     def test_the_same_weights_in_other_types(self):
         model = build()
-        known = weights_sha256(model)
+        known, exactly = weights_sha256(model), weights_sha256(model, exact=True)
         assert weights_sha256(model.bfloat16()) == known
+        assert weights_sha256(model, exact=True) != exactly
         assert weights_sha256(model.float()) == known
 
     def test_weights_that_are_not_at_hand(self):

@@ -135,7 +135,7 @@ def calibration(
         "calibration",
         {
             "model": dataclasses.asdict(shape),
-            "weights_sha256": weights_sha256(model),
+            "weights_sha256": weights_sha256(model, exact=True),
             "texts_sha256": digest,
             "ladder": [dataclasses.asdict(step) for step in steps],
             "seed": seed,

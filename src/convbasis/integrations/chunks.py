@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..hybrid import HybridState
 from ..plan import ConcreteSetting, HeadPlan
-from .prefill import Prefill, exact_rows, of_heads
+from .prefill import Prefill, attend_last_rows, of_heads
 
 _KNOWN = 64  # latest keys by which a prompt is known again
 
@@ -83,7 +83,7 @@ class ChunkedLayer:
             members = [head for head in range(self._count) if again[head]]
             if members:
                 chosen = of_heads(members, *(x[row : row + 1] for x in (query, key, value)))
-                output[row, members] = exact_rows(*chosen, self._scale)[0]
+                output[row, members] = attend_last_rows(*chosen, self._scale)[0]
         return Prefill(output, fallen_back, ~exact)
 
 

@@ -231,9 +231,7 @@ def apply_plan(
 
 def _compare_weights(model: Any, plan: Plan) -> None:
     """Warn if the plan is of other weights than the model's: its errors and costs may be others."""
-    if plan.weights_sha256 is None or plan.weights_sha256 == (
-        weights_sha256(model) or plan.weights_sha256
-    ):
+    if plan.weights_sha256 is None or weights_sha256(model) in (None, plan.weights_sha256):
         return
     warnings.warn(
         f"the plan was made for a {plan.model.name!r} with other weights than this "

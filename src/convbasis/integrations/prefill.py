@@ -103,7 +103,7 @@ def planned_prefill(
             every = slice(None) if real is None else real
             tensors = (x[row : row + 1, :, every] for x in (query, key, value))
             own, keys, values = of_heads(members, *tensors)
-            attended = exact_rows(own[:, :, lengths[row] - rows :], keys, values, scale)
+            attended = attend_last_rows(own[:, :, lengths[row] - rows :], keys, values, scale)
             places = torch.tensor(members, device=query.device)
             if real is None:
                 output[row, places, n - rows :] = attended[0]
@@ -152,7 +152,7 @@ def sliding_prefill(
     )
 
 
-def exact_rows(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def attend_last_rows(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Return causal attention of the last rows, all or some at a time: a mask takes O(n) memory.
 
     Args:

@@ -108,7 +108,7 @@ def profile_layers(
         "analysis",
         {
             "model": dataclasses.asdict(shape),
-            "weights_sha256": weights_sha256(model),
+            "weights_sha256": weights_sha256(model, exact=True),
             "text_sha256": hashlib.sha256(repr(input_ids.tolist()).encode()).hexdigest(),
             "layers": sorted(layers),
             "seen": sorted(seen),

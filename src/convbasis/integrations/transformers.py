@@ -92,10 +92,12 @@ def _attend_by_plan(
     if not begins and not (applied.chunked and n > 1):
         return _exact_and_finite(module, query, key, value, mask, **options)
     heads = applied.layer(layer)
-    some = any(head.setting is not None for head in heads)
-    # A dense mask is not needed for padding: each prompt of the batch is attended to by itself.
-    padded = isinstance(mask, MaskSpec) and mask.hides_padding()
-    planned = some if applied.chunked else n > applied.min_length and (some or padded)
+    planned = any(head.setting is not None for head in heads)
+    if not applied.chunked:
+        # Padding needs no dense mask: each prompt of the batch is attended to by itself.
+        planned = n > applied.min_length and (
+            planned or (isinstance(mask, MaskSpec) and mask.hides_padding())
+        )
     if planned and module.training and not applied.training:
         planned = False
         applied.tell_once("the model is in training mode; training=True approximates", logging.INFO)
