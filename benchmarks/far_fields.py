@@ -27,6 +27,7 @@ from torch import Tensor
 
 import convbasis as cb
 from convbasis.hybrid import row_factors, sampling, scaled_conv, selection
+from convbasis.hybrid.look import rows_for_fits
 from convbasis.hybrid.window import BLOCK, QUERIES, Window
 from convbasis.integrations.capture import CapturedLayer, cached_layers
 from convbasis.integrations.smollm2 import NAME, load_smollm2, load_tokenizer, sample_text, token_ids
@@ -71,12 +72,12 @@ class Head:
         both = (self.weights.T @ self.more).double()
         self.exact = both[:, :-1] / both[:, -1:]
 
-    def cut(self, tokens: int, shared: int = QUERIES) -> None:
+    def cut(self, tokens: int, shared: int = BLOCK) -> None:
         """Choose near keys as the library does; `shared` queries have windows that begin together."""
         n = self.n
         self.window = window = Window(tokens, shared)
         self.first = window.first(torch.arange(n)).clamp(min=0)
-        rows = sampling.spread_rows(window.begin, n, SAMPLES, 0, 0)
+        rows = rows_for_fits(window, n, SAMPLES, 0)
         self.rows = rows
         exact = self.weights[:, rows] * (torch.arange(n)[:, None] < self.first[rows])
         self.columns = selection.heaviest(exact.sum(1)[None], n, SINKS, COLUMNS)

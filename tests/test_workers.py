@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import convbasis as cb
 from convbasis import workers
-from convbasis.workers import run_all
+from convbasis.workers import run_all, share
 
 TENSOR = torch.zeros(1)
 
@@ -26,6 +26,57 @@ def three_threads():
 
 def where():
     return threading.current_thread().name, torch.get_num_threads(), torch.is_grad_enabled()
+
+
+@pytest.mark.usefixtures("three_threads")
+class TestShare:
+    def test_threads_that_are_done_take_parts_of_the_others_tasks(self):
+        idle, begun = threading.Barrier(3), threading.Event()
+
+        def part():
+            idle.wait(60)  # all three threads are at parts at the same time
+            return where()
+
+        def task(number):
+            if number:
+                assert begun.wait(60)
+                return []
+            begun.set()
+            return share([part] * 3)
+
+        found = run_all([lambda number=number: task(number) for number in range(3)], [TENSOR])
+        assert len({name for name, *_ in found[0]}) == 3
+        assert {(threads, recording) for _, threads, recording in found[0]} == {(1, False)}
+
+    def test_results_come_in_order(self):
+        def task():
+            return share([lambda number=number: number for number in range(50)])
+
+        assert run_all([task] * 7, [TENSOR]) == [[*range(50)]] * 7
+
+    @pytest.mark.parametrize("mode", [False, True])
+    def test_parts_run_in_the_mode_of_their_task(self, mode):
+        with torch.inference_mode(mode):
+            found = run_all([lambda: share([torch.is_inference_mode_enabled] * 9)] * 3, [TENSOR])
+        assert found == [[mode] * 9] * 3
+
+    def test_a_part_that_fails_fails_its_task(self):
+        def fail():
+            raise ValueError("this part")
+
+        with pytest.raises(ValueError, match="this part"):
+            run_all([lambda: share([fail, *[lambda: 1] * 5])] * 3, [TENSOR])
+        assert run_all([lambda: share([lambda: 1] * 3)] * 3, [TENSOR]) == [[1] * 3] * 3
+
+    def test_parts_of_parts_and_parts_outside_of_tasks_run_one_after_another(self):
+        assert {name for name, *_ in share([where] * 5)} == {threading.current_thread().name}
+
+        def part():
+            inner = share([where] * 5)
+            return {name for name, *_ in inner} == {threading.current_thread().name}
+
+        found = run_all([lambda: share([part] * 4)] * 3, [TENSOR])
+        assert found == [[True] * 4] * 3
 
 
 @pytest.mark.usefixtures("three_threads")

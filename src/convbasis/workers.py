@@ -11,7 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 T = TypeVar("T")
 
-_own = threading.local()  # marks the threads of pools
+_own = threading.local()  # marks the threads of pools, and knows the pool while a task runs
 _pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
 _making = threading.Lock()
 
@@ -43,20 +43,99 @@ def run_all(tasks: Sequence[Callable[[], T]], tensors: Iterable[Tensor]) -> list
     workers = min(threads, len(tasks))
     if workers < 2 or not _may_leave(tensors):
         return [task() for task in tasks]
-    inference = torch.is_inference_mode_enabled()
-    forward_mode = torch._C._is_fwd_grad_enabled()  # off in the forward pass of an autograd.Function
-
-    def run(task: Callable[[], T]) -> T:
-        with torch.inference_mode(inference), torch.no_grad(), _set_fwd_grad_enabled(forward_mode):
-            return task()
-
     pool = _pool(workers, threads // workers)
-    running = [pool.submit(run, task) for task in tasks]
+    run = _as_here()
+    running = [pool.submit(run, _with_pool, pool, task) for task in tasks]
     try:
         return [each.result() for each in running]
     finally:
         for each in running:
             each.cancel()
+
+
+def share(parts: Sequence[Callable[[], T]]) -> list[T]:
+    """Return what each part of a task returns, in order; threads whose tasks are over take some.
+
+    The last tasks of `run_all` are thus done by all threads. Parts outside of a task, or within a part,
+    run one after another.
+
+    Args:
+        parts: functions without arguments, that read what the task's tensors hold.
+
+    Raises:
+        whatever a part raises.
+    """
+    pool = getattr(_own, "pool", None)
+    if pool is None or len(parts) < 2:
+        return [part() for part in parts]
+    shared = _Shared(parts)
+    run = _as_here()
+    for _ in range(min(pool._max_workers, len(parts)) - 1):
+        # It waits behind all tasks that have not begun; too late, it finds nothing to do.
+        pool.submit(run, shared.work)
+    _own.pool = None
+    try:
+        shared.work()
+    finally:
+        _own.pool = pool
+    return shared.results()
+
+
+class _Shared:
+    """Parts of a task, each done by whoever comes first."""
+
+    def __init__(self, parts: Sequence[Callable[[], Any]]) -> None:
+        self._left = list(enumerate(parts))[::-1]
+        self._found: list[Any] = [None] * len(parts)
+        self._running = 0
+        self._failure: BaseException | None = None
+        self._changed = threading.Condition()
+
+    def work(self) -> None:
+        """Do what is left."""
+        while True:
+            with self._changed:
+                if not self._left or self._failure is not None:
+                    return
+                number, part = self._left.pop()
+                self._running += 1
+            try:
+                self._found[number] = part()
+            except BaseException as failure:
+                self._failure = failure
+            finally:
+                with self._changed:
+                    self._running -= 1
+                    self._changed.notify_all()
+
+    def results(self) -> list[Any]:
+        """Wait for what others do, and return everything."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._running)
+        if self._failure is not None:
+            raise self._failure
+        return self._found
+
+
+def _as_here() -> Callable[..., Any]:
+    """Return what runs a function on another thread with this thread's modes."""
+    inference = torch.is_inference_mode_enabled()
+    forward_mode = torch._C._is_fwd_grad_enabled()  # off in the forward pass of an autograd.Function
+
+    def run(function: Callable[..., T], *args: Any) -> T:
+        with torch.inference_mode(inference), torch.no_grad(), _set_fwd_grad_enabled(forward_mode):
+            return function(*args)
+
+    return run
+
+
+def _with_pool(pool: ThreadPoolExecutor, task: Callable[[], T]) -> T:
+    """Run a task whose parts the threads of a pool may take."""
+    _own.pool = pool
+    try:
+        return task()
+    finally:
+        _own.pool = None
 
 
 def _may_leave(tensors: Iterable[Tensor]) -> bool:

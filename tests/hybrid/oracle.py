@@ -6,6 +6,7 @@ import reference
 import torch
 
 from convbasis.hybrid import row_factors, sampling, scaled_conv, selection
+from convbasis.hybrid.look import rows_for_fits
 from convbasis.hybrid.window import BLOCK, QUERIES, Window
 
 DEFAULTS = {
@@ -88,15 +89,14 @@ def selected(query, key, value, scale, settings, head):
     n = query.shape[1]
     far, span = settings["far_field"], None
     aligned = far == "segments" or (far == "none" and settings["blocks"] + settings["columns"] > 0)
-    size = QUERIES if aligned else 1
+    size = (QUERIES if settings["blocks"] else BLOCK) if aligned else 1
     window = Window(settings["window"], size)
     first = window.first(torch.arange(n)).clamp(min=0)
     begin = int((first > 0).int().argmax()) if bool(first[-1] > 0) else n
     found = {"first": first}
     if begin == n:
         return found
-    rows = sampling.spread_rows(begin, n, settings["samples"], 0, settings["seed"])
-    rows = rows if len(rows) else torch.tensor([n - 1])
+    rows = rows_for_fits(window, n, settings["samples"], settings["seed"])
     exact = sampling.sampled_rows(query, key, rows, scale)
     mass = exact.mass_before(window.first(rows))
     columns = selection.heaviest(mass, n, settings["sinks"], settings["columns"])

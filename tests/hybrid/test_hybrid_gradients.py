@@ -6,7 +6,7 @@ import torch
 from oracle import gen, qkv
 
 import convbasis as cb
-from convbasis.hybrid import group, scaled_conv, segments
+from convbasis.hybrid import group, look, scaled_conv, segments
 from convbasis.hybrid.piece import merge, piece_attention
 
 SMALL = {"window": 20, "columns": 7, "samples": 12}
@@ -85,7 +85,7 @@ def test_gradcheck(options, d_v, monkeypatch):
     places = [
         held(monkeypatch, module, name)
         for module, name in (
-            (group, "_fitted"),
+            (look.Look, "found"),
             (group, "heaviest"),
             (group, "heavy_blocks"),
             (segments, "_corrections"),

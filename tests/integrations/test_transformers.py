@@ -459,7 +459,7 @@ class TestPrefill:
         compute, order = prefill.attend_pieces, []
 
         def seen(query, key, value, pieces, *args, **options):
-            order.extend(head for _, (head,), _ in pieces)
+            order.extend(head for _, (head,), settings in pieces if settings is not None)
             return compute(query, key, value, pieces, *args, **options)
 
         monkeypatch.setattr(prefill, "attend_pieces", seen)

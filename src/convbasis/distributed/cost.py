@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from ..convolve.choice import Work, candidates, partitioned_amounts
-from ..hybrid.window import QUERIES, Window
+from ..hybrid.window import BLOCK, Window
 from .halo import halo_begin
 from .ranks import HEADER_BYTES
 from .shares import Piece, Sizes, length_of, shares, whole_heads
@@ -166,7 +166,7 @@ def hybrid_load(
     """
     kv_heads = kv_heads or heads
     others, length = ranks - 1, -(-n // ranks)
-    shape = Window(window, QUERIES if columns else 1)
+    shape = Window(window, BLOCK if columns else 1)
     firsts = [n * rank // ranks for rank in range(ranks)]
     halo = max(first - halo_begin(first, shape) for first in firsts) * kv_heads * 2 * head_dim
     # All columns may be of one rank; those that it has go to all others.

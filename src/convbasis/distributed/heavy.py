@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..hybrid.sampling import spread_rows
+from ..hybrid.look import rows_for_fits
 from ..hybrid.selection import heaviest, with_first
 from ..hybrid.settings import Settings
 from ..hybrid.window import Window
@@ -35,8 +35,7 @@ def heavy_columns(
     batch, heads = query.shape[:2]
     if not settings.columns:
         return heaviest(query.new_zeros((heads, 0)), n, settings.sinks, 0).expand(batch, -1, -1)
-    rows = spread_rows(window.begin, n, settings.samples, 0, settings.seed)
-    rows = (rows if len(rows) else torch.tensor([n - 1])).to(query.device)
+    rows = rows_for_fits(window, n, settings.samples, settings.seed).to(query.device)
     sampled = gather_tokens(tokens.ranks, tokens.lengths, query, rows.expand(batch, -1))
     positions = tokens.first + torch.arange(key.shape[2], device=key.device)
     later = positions > rows[:, None]

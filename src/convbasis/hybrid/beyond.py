@@ -30,18 +30,16 @@ class Shared(NamedTuple):
     bias: Tensor
     """``(R, c, p)``."""
 
-    def stretches(self, blocks: int) -> list[Shared]:
-        """Return for each so many blocks of queries the keys up to the last one that they see."""
-        seen = (self.bias > -torch.inf).any(0)
-        more = -len(seen) % blocks
-        seen = torch.nn.functional.pad(seen, (0, 0, 0, more)).unflatten(0, (-1, blocks)).any(1)
-        places = torch.arange(1, seen.shape[1] + 1, device=seen.device)
-        return [
-            Shared(self.key[:, :stop], self.value[:, :stop], own[..., :stop])
-            for stop, own in zip(
-                (seen * places).amax(1).tolist(), self.bias.split(blocks, dim=1), strict=True
-            )
-        ]
+    def stretches(self, ends: Sequence[int]) -> list[Shared]:
+        """Return for each stretch of blocks of queries, up to these ends, the keys that it may see."""
+        places = torch.arange(1, self.bias.shape[-1] + 1, device=self.bias.device)
+        stops = ((self.bias > -torch.inf) * places).amax((0, 2)).tolist()
+        found = []
+        for low, high in zip([0, *ends[:-1]], ends, strict=True):
+            stop = max(stops[low:high], default=0)
+            own = self.bias[:, low:high, :stop]
+            found.append(Shared(self.key[:, :stop], self.value[:, :stop], own))
+        return found
 
 
 class Gathered(NamedTuple):

@@ -49,7 +49,7 @@ def corrected(
         exact = exact_rows(query, key, value, rows, scale)
     else:
         exact = with_gradient(known[:, first:last].flatten(1, 2), query, key, value, rows, scale)
-    means = (exact - output.index_select(1, rows)).unflatten(1, (last - first, -1)).mean(2)
+    means = (exact - output[:, rows]).unflatten(1, (last - first, -1)).mean(2)
     # Between the middles of two blocks, a part of the one and of the other.
     at = (torch.arange(begin, n, device=device) - first * QUERIES + 0.5) / QUERIES - 0.5
     at = at.clamp(0, last - first - 1)
@@ -57,6 +57,7 @@ def corrected(
     high = (low + 1).clamp(max=last - first - 1)
     share = (at - low).to(means.dtype)[:, None]
     change = torch.lerp(means.index_select(1, low), means.index_select(1, high), share)
-    better = output.clone() if torch.is_grad_enabled() else output
+    recorded = torch.is_grad_enabled() and output.requires_grad
+    better = output.clone() if recorded else output
     better[:, begin:] += change
     return better.index_copy_(1, rows, exact), len(rows)

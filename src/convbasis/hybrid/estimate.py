@@ -7,9 +7,11 @@ import math
 import torch
 from torch import Tensor
 
-# Standard errors above the mean of the squared errors that make the bound. Errors of rows are heavy in
-# the tails: with the 1.64 of a normal distribution it would hold for three heads of four.
-_STANDARD_ERRORS = 7.0
+# Standard errors above the mean of the squared errors that make the bound, of so many rows and more;
+# fewer rows need more, 9 for 64. Errors of rows are heavy in the tails: with the 1.64 of a normal
+# distribution it would hold for three heads of four.
+_STANDARD_ERRORS, _ROWS = 7.0, 128
+_GROWTH = 0.36
 # A head of which more than this share of rows is off by more than this part of their norms is told so,
 # however small the error of the whole: a few rows that look for something far away may be all that a
 # prompt is about.
@@ -31,7 +33,7 @@ def error_bound(
         offset: the first row of the output.
     """
     exact = exact.double()
-    own = output.index_select(1, rows - offset).double()
+    own = output[:, rows - offset].double()
     error = (own - exact).square().sum(-1)  # (R, s)
     count = error.shape[-1]
     # How large the exact output is: our own, as much larger as the sampled rows tell, and no more than
@@ -45,7 +47,8 @@ def error_bound(
     mean = error.mean(-1)
     deviation = error.std(-1) if count > 1 else mean
     scale = far / size.clamp(min=1e-300)
-    bound = mean + _STANDARD_ERRORS * deviation / count**0.5
+    width = _STANDARD_ERRORS * max(1.0, _ROWS / count) ** _GROWTH
+    bound = mean + width * deviation / count**0.5
     bound = (bound * scale).sqrt()
     of_rows = _exceeded_by_few(error.sqrt(), torch.linalg.vector_norm(exact, dim=-1))
     return (mean * scale).sqrt(), torch.where(of_rows > _PART, bound.fmax(of_rows), bound)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..kept import kept
+from ..workers import share
 from .beyond import Gathered, Shared, attention_beyond
 from .columns import column_attention, column_keys
 from .correction import corrected
 from .estimate import error_bound
+from .look import FITTED, Looked
 from .piece import merge
+from .put_down import PutDown, put_down
 from .rows import exact_rows
-from .sampling import SampledRows, mass_before, sampled_rows, spread_rows
+from .sampling import sampled_rows, spread_rows
 from .scaled_conv import conv_attention
 from .scaled_lowrank import lowrank_far_attention
 from .segments import segment_keys
@@ -21,7 +26,8 @@ from .selection import block_keys, heaviest, heavy_blocks, seen_columns
 from .settings import Settings
 from .window import BLOCK, Window, window_attention
 
-_STRETCH = 2048  # rows that are attended together
+_STRETCH = 4096  # rows that are attended together
+_FAR = {"conv": conv_attention, "lowrank": lowrank_far_attention}
 
 
 class Group(NamedTuple):
@@ -57,25 +63,46 @@ class Beyond(NamedTuple):
 
 
 def attend_group(
-    query: Tensor, key: Tensor, value: Tensor, settings: Settings, scale: float, estimated: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    settings: Settings,
+    scale: float,
+    looked: Looked | None,
+    estimated: bool,
+    last_rows: int = 0,
+    into: Tensor | None = None,
 ) -> Group:
-    """Return attention of R heads ``(R, n, d)`` that share key and value ``(1, n, ·)``."""
+    """Return attention of R heads that share keys.
+
+    Args:
+        query: ``(R, n, d)``.
+        key: ``(1, n, d)``.
+        value: ``(1, n, d_v)``.
+        settings: what to compute.
+        scale: factor of the logits.
+        looked: what the sampled rows of these heads say; None where all rows see all keys.
+        estimated: whether to estimate the error.
+        last_rows: of so many of the last rows attention is exact; the estimate is of all others.
+        into: ``(R, n, d_v)``, where the output is written to and no gradient is recorded.
+    """
     n = query.shape[1]
     window = Window(settings.window, settings.shared)
     known = None
     parts = ["window"]
     keys = float(min(n, settings.window))
     begin = window.begin
-    if begin >= n:
-        output, lse = window_attention(query, key, value, window, 0, scale)
+    rows = put_down(query, key, value, into)
+    if looked is None:
+        rows.put(0, *window_attention(query, key, value, window, 0, scale))
+        output, lse = rows.all()
         return Group(output, lse, *no_estimate(query), tuple(parts), keys, 0)
-    with torch.no_grad():
-        sampled, mass, rows = _fitted(query, key, settings, scale, begin, window)
-        columns = heaviest(mass, n, settings.sinks, settings.columns)
+    columns = heaviest(looked.before, n, settings.sinks, settings.columns)
+    count = len(looked.fitted)
     if settings.shared > 1:
-        weighing = sampled if settings.key_weights else None
+        weighing = looked if settings.key_weights else None
         beyond, known = _beyond(query, key, value, columns, settings, scale, weighing)
-        output, lse = _near_and_beyond(query, key, value, window, beyond, scale)
+        _near_and_beyond(rows, query, key, value, window, beyond, scale)
         parts += beyond.parts
         keys += beyond.keys
     else:
@@ -85,26 +112,40 @@ def attend_group(
             output, lse = merge(output, lse, *far, overwrite=True)
             parts.append("columns")
             keys += columns.shape[-1]
-    if settings.far_field == "conv" and sampled is not None:
+        rows.put(0, output, lse)
+    output, lse = rows.all()
+    if settings.far_field in FITTED:
+        with torch.no_grad():
+            fitted = sampled_rows(query, key, looked.fitted, scale)
         seen = seen_columns(columns, n, n)
-        output, lse = merge(
-            output, lse, *conv_attention(query, key, value, seen, window, scale, sampled)
-        )
-        parts.append("conv")
-    if settings.far_field == "lowrank" and sampled is not None:
-        seen = seen_columns(columns, n, n)
-        far = lowrank_far_attention(query, key, value, seen, window, scale, sampled)
-        output, lse = merge(output, lse, *far)
-        parts.append("lowrank")
+        far = _FAR[settings.far_field](query, key, value, seen, window, scale, fitted)
+        output, lse = merge(output, lse, *far, overwrite=True)
+        parts.append(settings.far_field)
     mean, bound = no_estimate(query)
     if settings.correction:
         output, more_rows = corrected(query, key, value, output, begin, scale, settings.seed, known)
-        rows += more_rows
+        count += more_rows
         parts.append("correction")
     if estimated:
-        mean, bound, held = estimate(query, key, value, output, settings, scale, begin)
-        rows += held
-    return Group(output, lse, mean, bound, tuple(parts), float(keys), rows)
+        with torch.no_grad():
+            mean, bound = error_bound(output, looked.exact, looked.held, looked.begin)
+        count += len(looked.held)
+    if last_rows:
+        output = _with_last_rows(query, key, value, output, scale, looked.last)
+    return Group(output, lse, mean, bound, tuple(parts), float(keys), count)
+
+
+def _with_last_rows(
+    query: Tensor, key: Tensor, value: Tensor, output: Tensor, scale: float, last: Tensor
+) -> Tensor:
+    """Return the output ``(R, n, d_v)`` with exact last rows, in place where nothing is recorded."""
+    n = query.shape[1]
+    begin = n - last.shape[1]
+    if torch.is_grad_enabled() and output.requires_grad:
+        rows = torch.arange(begin, n, device=query.device)
+        return torch.cat([output[:, :begin], exact_rows(query, key, value, rows, scale)], dim=1)
+    output[:, begin:] = last
+    return output
 
 
 def _beyond(
@@ -114,7 +155,7 @@ def _beyond(
     columns: Tensor,
     settings: Settings,
     scale: float,
-    sampled: SampledRows | None,
+    weighing: Looked | None,
 ) -> tuple[Beyond, Tensor | None]:
     """Return the keys before the windows of all queries, see `keys_beyond`; and exact attention of the
     rows that correct others, if they have chosen blocks.
@@ -139,36 +180,51 @@ def _beyond(
                 real=n,
                 value=v if settings.correction else None,
             )
-    return keys_beyond(q, k, v, n, 0, columns, chosen, settings, scale, sampled), exact
+    return keys_beyond(q, k, v, n, 0, columns, chosen, settings, scale, weighing), exact
 
 
 def _near_and_beyond(
-    query: Tensor, key: Tensor, value: Tensor, window: Window, beyond: Beyond, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Return attention to the windows and beyond, and its log-sum-exp.
+    rows: PutDown,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: Window,
+    beyond: Beyond,
+    scale: float,
+) -> None:
+    """Put down attention to the windows and beyond, some rows at a time.
 
-    Some rows at a time, so that what is merged is still in the processor's caches; all rows at once
-    where blocks of queries take keys for themselves, which is fastest in an order of its own.
+    What is merged is then still in the processor's caches. Where blocks of queries take keys for
+    themselves, these are attended to at once, which is fastest in an order of its own.
     """
     n = query.shape[1]
-    step = -(-n // window.shared) * window.shared if beyond.gathered else _STRETCH
-    stretches = zip(*(x.stretches(step // window.shared) for x in beyond.shared), strict=True)
-    outputs, sums = [], []
-    for low in range(0, n, step):
-        high = min(n, low + step)
+    size, begin = window.shared, window.begin  # what is beyond begins there
+    last = max(begin, n // size * size)  # whole blocks of queries up to here
+    edges = sorted({0, *range(begin, last, _STRETCH), last, n})
+    ends = [-(-edge // size) for edge in edges[1:]]
+    everything: tuple[Tensor, Tensor] | None = None
+    stretches: list[list[Shared]] = [[]] * len(ends)
+    if beyond.gathered:
+        whole = lengthened(query, ends[-1] * size)
+        everything = attention_beyond(whole, size, beyond.shared, beyond.gathered, scale)
+    elif beyond.shared:
+        of_each = (x.stretches(ends) for x in beyond.shared)
+        stretches = [list(own) for own in zip(*of_each, strict=True)]
+
+    def attend(low: int, high: int, shared: list[Shared]) -> None:
         own = query[:, low:high]
         output, lse = window_attention(own, key[:, :high], value[:, :high], window, low, scale)
-        shared = next(stretches, ())
-        if high > window.begin and (shared or beyond.gathered):
-            own = lengthened(own, -(-(high - low) // window.shared) * window.shared)
-            more = attention_beyond(own, window.shared, shared, beyond.gathered, scale)
-            seen = (x[:, : high - low] for x in more)
-            output, lse = merge(output, lse, *seen, overwrite=True)
-        outputs.append(output)
-        sums.append(lse)
-    if len(outputs) == 1:
-        return outputs[0], sums[0]
-    return torch.cat(outputs, dim=1), torch.cat(sums, dim=1)
+        if low >= begin and everything is not None:
+            more = (part[:, low:high] for part in everything)
+            output, lse = merge(output, lse, *more, overwrite=True)
+        elif low >= begin and shared:
+            own = lengthened(own, -(-(high - low) // size) * size)
+            found = attention_beyond(own, size, shared, [], scale)
+            more = (part[:, : high - low] for part in found)
+            output, lse = merge(output, lse, *more, overwrite=True)
+        rows.put(low, output, lse)
+
+    share([partial(attend, *own) for own in zip(edges, edges[1:], stretches, strict=False)])
 
 
 def nothing(query: Tensor, value: Tensor) -> Group:
@@ -187,7 +243,7 @@ def keys_beyond(
     chosen: Tensor | None,
     settings: Settings,
     scale: float,
-    sampled: SampledRows | None,
+    weighing: Looked | None,
 ) -> Beyond:
     """Return the columns, chosen blocks and segments before the windows of blocks of queries.
 
@@ -201,16 +257,16 @@ def keys_beyond(
         chosen: ``(R, c, B)`` blocks of keys, b for none; None without blocks.
         settings: which parts there are.
         scale: factor of the logits.
-        sampled: what weighs the keys of segments; None for equal weights.
+        weighing: what weighs the keys of segments; None for equal weights.
     """
     window = Window(settings.window, settings.shared)
     length = key.shape[1]
-    begins = torch.arange(offset, offset + query.shape[1], settings.shared, device=query.device)
-    before = blocks_before(window, offset, offset + query.shape[1], query.device)
+    first = first_keys(window, offset, offset + query.shape[1], query.device)
+    before = first.div(BLOCK, rounding_mode="floor")
     seen = seen_columns(columns, n, length)
     shared, gathered, parts = [], list[Gathered](), []
     if columns.shape[-1]:
-        shared.append(column_keys(key, value, columns, window.first(begins).clamp(min=0)))
+        shared.append(column_keys(key, value, columns, first))
         parts.append("columns")
     if chosen is not None:
         gathered.append(block_keys(key, value, chosen, seen))
@@ -220,7 +276,7 @@ def keys_beyond(
         elsewhere[:, n:] = True
         segments = settings.num_segments
         found = segment_keys(
-            query, key, value, elsewhere, chosen, before, segments, scale, sampled, window
+            query, key, value, elsewhere, chosen, before, segments, scale, weighing, window
         )
         shared.extend(found[0])
         gathered.extend(found[1])
@@ -232,10 +288,15 @@ def keys_beyond(
     return Beyond(shared, gathered, tuple(parts), keys)
 
 
+@kept(64)
+def first_keys(window: Window, low: int, high: int, device: torch.device) -> Tensor:
+    """Return the first key in the windows of blocks of queries of low .. high; nobody writes to it."""
+    return window.first(torch.arange(low, high, window.shared, device=device)).clamp(min=0)
+
+
 def blocks_before(window: Window, low: int, high: int, device: torch.device) -> Tensor:
     """Return how many blocks of keys lie before the window of each block of queries of low .. high."""
-    begins = torch.arange(low, high, window.shared, device=device)
-    return window.first(begins).clamp(min=0).div(BLOCK, rounding_mode="floor")
+    return first_keys(window, low, high, device).div(BLOCK, rounding_mode="floor")
 
 
 def lengthened(tensor: Tensor, length: int) -> Tensor:
@@ -282,20 +343,3 @@ def _rows(begin: int, end: int, count: int, seed: int, parity: int) -> Tensor:
     """Return sampled rows of begin .. end - 1, one at least."""
     rows = spread_rows(begin, end, count, parity, seed)
     return rows if len(rows) else torch.tensor([end - 1])
-
-
-def _fitted(
-    query: Tensor, key: Tensor, settings: Settings, scale: float, begin: int, window: Window
-) -> tuple[SampledRows | None, Tensor, int]:
-    """Return what fits are made from: exact rows, if a fit needs them, the weights of keys before the
-    windows ``(R, n)`` in the same rows, if columns need them, and the number of those rows.
-    """
-    whole = settings.key_weights or settings.far_field in ("conv", "lowrank")
-    if not (whole or settings.columns):
-        return None, query.new_zeros((len(query), 0)), 0
-    rows = _rows(begin, key.shape[1], settings.samples, settings.seed, 0).to(query.device)
-    first = window.first(rows)
-    if not whole:
-        return None, mass_before(query, key, rows, first, scale), len(rows)
-    sampled = sampled_rows(query, key, rows, scale)
-    return sampled, sampled.mass_before(first), len(rows)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..checks import compute_dtype
-from ..workers import run_all
-from .group import Group, attend_group, nothing
+from ..workers import run_all, watched
+from ..workspace import take
+from .exact import attend_exactly
+from .group import Group, attend_group, no_estimate, nothing
+from .look import Look, Looked, first_sampled
 from .settings import Settings
 from .strict import Running, at_the_start, attend_strictly
+from .window import Window
 
 _OF_HEADS = ("output", "lse", "mean", "bound")  # what a group knows of each of its heads
 
@@ -54,8 +59,12 @@ class Together(NamedTuple):
     """Its number in the batch."""
     heads: list[int]
     """Numbers of query heads."""
-    settings: Settings
-    """What they compute."""
+    settings: Settings | None
+    """What they compute; None for exact attention, of which nothing is recorded."""
+
+    def of_heads(self) -> list[Settings]:
+        """Return the settings of each head, if there are any."""
+        return [] if self.settings is None else [self.settings] * len(self.heads)
 
 
 def attend_heads(
@@ -86,7 +95,9 @@ def attend_heads(
     batch, heads = query.shape[:2]
     own = [settings] * heads
     pieces = [piece for b in range(batch) for piece in pieces_of_work(query, key, b, own)]
-    groups, after = attend_pieces(query, key, value, pieces, scale, mask, estimated, running)
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    into = None if recorded else query.new_empty((*query.shape[:3], value.shape[-1]))
+    groups, after = attend_pieces(query, key, value, pieces, scale, mask, estimated, running, into)
     output, lse, mean, bound = (
         parts[0] if len(parts) == 1 else torch.cat(parts)
         for parts in ([getattr(group, name) for group in groups] for name in _OF_HEADS)
@@ -99,7 +110,7 @@ def attend_heads(
     )
     of_batch = (batch, heads)
     stats = HybridStats(
-        output.unflatten(0, of_batch),
+        output.unflatten(0, of_batch) if into is None else into,
         lse.unflatten(0, of_batch),
         bound.view(of_batch),
         dispatch,
@@ -135,56 +146,166 @@ def attend_pieces(
     estimated: bool,
     running: Sequence[Running] | None = None,
     into: Tensor | None = None,
+    last_rows: int = 0,
 ) -> tuple[list[Group], list[Running]]:
     """Return the attention of each piece of work; several run at the same time, in this order.
 
     Other arguments, and what is returned beside, are those of `attend_heads`. Outputs are written to
-    `into` ``(B, H, m, d_v)``, where it is given and no gradient is recorded.
+    `into` ``(B, H, m, d_v)``, where it is given and no gradient is recorded. The last `last_rows` real
+    tokens of each sequence are exact, unless choices are strict.
 
     Returns:
         for each piece output ``(R, m, d_v)`` in the dtype of the query, none where it is written
         elsewhere, and lse ``(R, m)``; 0 and -inf at padding.
     """
-    work = compute_dtype(query.dtype)
-    sharing = query.shape[1] // key.shape[1]
-    real = [None] * len(query) if mask is None else [_real(row) for row in mask]
-
-    def attend(number: int) -> tuple[Group, Running | None]:
-        b, heads, settings = pieces[number]
-        consecutive = slice(heads[0], heads[-1] + 1)
-        of_queries = consecutive if heads[-1] - heads[0] < len(heads) else heads
-        of_keys = heads[0] // sharing
-        chosen = real[b]
-        q, k, v = (
-            # A model's heads lie between each other's: one copy, and all that follows is faster.
-            (tensor if chosen is None else tensor.index_select(1, chosen)).to(work).contiguous()
-            for tensor in (query[b, of_queries], key[b, of_keys, None], value[b, of_keys, None])
+    found: dict[int, tuple[Group, Running | None]] = {}
+    for b in sorted({piece.sequence for piece in pieces}):
+        numbers = [number for number, piece in enumerate(pieces) if piece.sequence == b]
+        sequence = _Sequence(
+            query[b],
+            key[b],
+            value[b],
+            scale,
+            None if mask is None else _real(mask[b]),
+            estimated,
+            last_rows,
+            None if into is None else into[b],
         )
-        after = None
+        before = [None if running is None else running[number] for number in numbers]
         with torch.autocast(query.device.type, enabled=False):
-            if not q.shape[1]:
-                found = nothing(q, v)
-            elif not settings.strict:
-                found = attend_group(q, k, v, settings, scale, estimated)
-            else:
-                known = at_the_start(q) if running is None else running[number]
-                found, after = attend_strictly(q, k, v, settings, scale, estimated, known)
-        output = found.output.to(query.dtype)
-        lse = found.lse
-        if chosen is not None:
+            done = sequence.attend([pieces[number] for number in numbers], before)
+        for number, each in zip(numbers, done, strict=True):
+            found[number] = each
+    in_order = [found[number] for number in range(len(pieces))]
+    return [group for group, _ in in_order], [after for _, after in in_order if after is not None]
+
+
+@dataclass
+class _Sequence:
+    """The heads of one sequence: first what their sampled rows say, then each piece of work."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scale: float
+    real: Tensor | None
+    estimated: bool
+    last_rows: int
+    into: Tensor | None
+
+    def attend(
+        self, pieces: Sequence[Together], running: Sequence[Running | None]
+    ) -> list[tuple[Group, Running | None]]:
+        """Return the attention of each piece, and what strict choices go on from."""
+        tensors = (self.query, self.key, self.value)
+        keys, values = self._own("key", self.key), self._own("value", self.value)
+        queries = self._own("query", self.query)
+        sharing = len(queries) // len(keys)
+        alike: dict[tuple[Any, ...], list[int]] = {}
+        for number, (_, heads, settings) in enumerate(pieces):
+            if settings is None:
+                continue
+            window = Window(settings.window, settings.shared)
+            if not settings.strict and window.begin < queries.shape[1]:
+                begin = first_sampled(window, queries.shape[1])
+                kind = (heads[0] // sharing, begin, settings.samples, settings.seed)
+                alike.setdefault(kind, []).append(number)
+        looks = [
+            Look(
+                queries[_some([head for number in numbers for head in pieces[number].heads])],
+                keys[kind[0], None],
+                values[kind[0], None],
+                [own for number in numbers for own in pieces[number].of_heads()],
+                self.scale,
+                self.estimated,
+                self.last_rows,
+            )
+            for kind, numbers in alike.items()
+        ]
+        done = iter(run_all([job for look in looks for job in look.jobs], tensors))
+        told = {}
+        for look, numbers in zip(looks, alike.values(), strict=True):
+            found, low = look.found([next(done) for _ in look.jobs]), 0
+            for number in numbers:
+                members = slice(low, low + len(pieces[number].heads))
+                told[number], low = found.of(members), members.stop
+
+        def attend(number: int) -> tuple[Group, Running | None]:
+            of_keys = pieces[number].heads[0] // sharing
+            known = keys[of_keys, None], values[of_keys, None]
+            own = queries[_some(pieces[number].heads)]
+            return self._attend(pieces[number], own, known, told.get(number), running[number])
+
+        return run_all([partial(attend, number) for number in range(len(pieces))], tensors)
+
+    def _own(self, name: str, tensor: Tensor) -> Tensor:
+        """Return real tokens ``(H, n, ·)``: a model's heads lie between each other's, and after one
+        copy all that follows is faster."""
+        work = compute_dtype(tensor.dtype)
+        if self.real is None and tensor.is_contiguous() and tensor.dtype == work:
+            return tensor
+        chosen = tensor if self.real is None else tensor.index_select(1, self.real)
+        recorded = torch.is_grad_enabled() and tensor.requires_grad
+        if recorded or torch.compiler.is_compiling() or watched():
+            return chosen.to(work).contiguous()
+        return take(f"hybrid {name}", chosen.shape, work, chosen.device).copy_(chosen)
+
+    def _attend(
+        self,
+        piece: Together,
+        query: Tensor,
+        known: tuple[Tensor, Tensor],
+        looked: Looked | None,
+        running: Running | None,
+    ) -> tuple[Group, Running | None]:
+        _, heads, settings = piece
+        members = _some(heads)
+        # Without a detour where rows go as they are.
+        room = self.into[members] if self.into is not None and isinstance(members, slice) else None
+        if room is not None and (
+            self.real is not None
+            or room.dtype != query.dtype
+            or (settings is not None and settings.strict)
+        ):
+            room = None
+        after = None
+        if not query.shape[1]:
+            found = nothing(query, known[1])
+        elif settings is None:
+            exactly = attend_exactly(query, *known, self.scale, room)
+            found = Group(*exactly, *no_estimate(query), (), 0.0, 0)
+        elif not settings.strict:
+            found = attend_group(
+                query,
+                *known,
+                settings,
+                self.scale,
+                looked,
+                self.estimated,
+                self.last_rows,
+                room,
+            )
+        else:
+            so_far = at_the_start(query) if running is None else running
+            found, after = attend_strictly(query, *known, settings, self.scale, self.estimated, so_far)
+        if room is not None:
+            return found._replace(output=found.output[:0]), after
+        output, lse = found.output.to(self.query.dtype), found.lse
+        if self.real is not None:
             output, lse = (
-                part.new_full((len(part), query.shape[2], *part.shape[2:]), padding).index_copy(
-                    1, chosen, part
+                part.new_full((len(part), self.query.shape[1], *part.shape[2:]), padding).index_copy(
+                    1, self.real, part
                 )
                 for part, padding in ((output, 0.0), (lse, -torch.inf))
             )
-        if into is not None:
-            into[b, of_queries] = output
-        return found._replace(output=output if into is None else output[:0], lse=lse), after
+        if self.into is not None:
+            self.into[members] = output
+        return found._replace(output=output if self.into is None else output[:0], lse=lse), after
 
-    tasks = [partial(attend, number) for number in range(len(pieces))]
-    done = run_all(tasks, (query, key, value))
-    return [group for group, _ in done], [after for _, after in done if after is not None]
+
+def _some(heads: list[int]) -> slice | list[int]:
+    """Return heads as a slice where they follow each other."""
+    return slice(heads[0], heads[-1] + 1) if heads[-1] - heads[0] + 1 == len(heads) else heads
 
 
 def _real(row: Tensor) -> Tensor | None:

@@ -25,7 +25,7 @@ def piece_attention(
     value: Tensor,
     scale: float,
     bias: Tensor | None = None,
-    visible: Tensor | None = None,
+    visible: Tensor | bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return softmax attention of queries over keys, and its log-sum-exp; both are differentiable.
 
@@ -35,7 +35,8 @@ def piece_attention(
         value: ``(G, H_kv, p, d_v)``.
         scale: factor of the logits.
         bias: ``(G or 1, H or 1, m or 1, p)``, added to the logits; -inf hides a key. No gradient.
-        visible: bool, broadcast to ``(G, H, m)``: rows that see a key, where the caller knows.
+        visible: bool, broadcast to ``(G, H, m)``: rows that see a key, where the caller knows; True if
+            all do.
 
     Returns:
         output ``(G, H, m, d_v)`` and lse ``(G, H, m)``; 0 and -inf for a row that sees no key.
@@ -45,6 +46,21 @@ def piece_attention(
         output, lse = _Piece.apply(query, key, value, scale, bias, visible)
         return output, lse
     return _forward(query, key, value, scale, bias, visible)
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Return causal attention over as many keys as queries, and its log-sum-exp; nothing is recorded.
+
+    Args:
+        query: ``(G, H, m, d)``, on a processor.
+        key: ``(G, H, m, d)``.
+        value: ``(G, H, m, d)``.
+        scale: factor of the logits.
+    """
+    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, is_causal=True, scale=scale
+    )
+    return output, lse
 
 
 def merge(
@@ -85,7 +101,7 @@ def _forward(
     value: Tensor,
     scale: float,
     bias: Tensor | None,
-    visible: Tensor | None,
+    visible: Tensor | bool | None,
 ) -> tuple[Tensor, Tensor]:
     if _fused(query, key, value):
         mask = None
@@ -95,10 +111,10 @@ def _forward(
         output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, attn_mask=mask, scale=scale
         )
-        if bias is None:
+        if bias is None or visible is True:
             return output, lse
         # The operator gives 0 for a row that sees no key.
-        hidden = (bias == -torch.inf).all(-1) if visible is None else ~visible
+        hidden = ~visible if isinstance(visible, Tensor) else (bias == -torch.inf).all(-1)
         return output, lse.masked_fill(hidden, -torch.inf)
     output = value.new_zeros((*query.shape[:-1], value.shape[-1]))
     lse = query.new_full(query.shape[:-1], -torch.inf)
@@ -142,7 +158,7 @@ class _Piece(torch.autograd.Function):
         value: Tensor,
         scale: float,
         bias: Tensor | None,
-        visible: Tensor | None,
+        visible: Tensor | bool | None,
     ) -> tuple[Tensor, Tensor]:
         output, lse = _forward(query, key, value, scale, bias, visible)
         ctx.save_for_backward(query, key, value, output, lse, bias)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..transforms import final
-from .piece import piece_attention
+from ..workers import share
+from .piece import merge, piece_attention
 
 _TOGETHER = 32  # rows that are computed over the keys of the last of them
 
@@ -26,27 +28,41 @@ def exact_rows(
         scale: factor of the logits.
         offset: position of the first query.
     """
-    found = []
-    parts = rows.split(_TOGETHER)
-    # What follows a row is hidden: keys from the first row of a part on. The rest of the bias stays 0.
-    widest = max(int(part[-1] - part[0]) + 1 for part in parts)
-    height = min(len(rows), _TOGETHER)
-    bias = query.new_zeros((height, int(rows[-1]) + 1))
-    for part in parts:
-        end = int(part[-1]) + 1
-        keys = torch.arange(end - widest, end, device=rows.device)
-        bias[: len(part), -widest:] = torch.where(keys > part[:, None], -torch.inf, 0.0)
-        own = bias[None, None, : len(part), -end:]
-        output, _ = piece_attention(
-            query.index_select(1, part - offset)[None],
-            key[None, :, :end],
-            value[None, :, :end],
-            scale,
-            own.clone() if torch.is_grad_enabled() else own,  # a backward pass needs it
-            torch.ones((1, 1, 1), dtype=torch.bool, device=rows.device),
-        )
-        found.append(output[0])
-    return torch.cat(found, dim=1)
+
+    def attend(part: Tensor) -> Tensor:
+        own = query[:, part - offset]
+        first, end = int(part[0]) + 1, int(part[-1]) + 1
+        # Keys that all of these rows see, and those between the first and the last of them.
+        output, lse = _over(own, key[:, :first], value[:, :first], scale)
+        if first < end:
+            keys = torch.arange(first, end, device=rows.device)
+            hidden = torch.where(keys > part[:, None], -torch.inf, 0.0).to(query.dtype)
+            more = _over(own, key[:, first:end], value[:, first:end], scale, hidden, part >= first)
+            output, _ = merge(output, lse, *more, overwrite=True)
+        return output
+
+    found = share([partial(attend, part) for part in rows.split(_TOGETHER)])
+    return found[0] if len(found) == 1 else torch.cat(found, dim=1)
+
+
+def _over(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    bias: Tensor | None = None,
+    visible: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return attention of rows to some keys, and its log-sum-exp."""
+    output, lse = piece_attention(
+        query[None],
+        key[None],
+        value[None],
+        scale,
+        None if bias is None else bias[None, None],
+        None if visible is None else visible[None, None],
+    )
+    return output[0], lse[0]
 
 
 def with_gradient(

@@ -11,8 +11,8 @@ from torch import Tensor
 from ..kept import kept
 
 _PERIOD = 64  # rows after which those for fits repeat
-_MASKED = 8  # rows that are summed together, with a mask between the first and the last of them
-_TOGETHER = 32  # rows that are computed over the keys up to the last of them
+_MASKED = 16  # rows that are summed together, with a mask between the first and the last of them
+_TOGETHER = 16  # rows that are computed over the keys up to the last of them
 
 
 class SampledRows(NamedTuple):
@@ -32,17 +32,17 @@ class SampledRows(NamedTuple):
         """
         found = self.weights.new_zeros((len(self.weights), self.weights.shape[-1]))
         for own, stops in zip(self.weights.split(_MASKED, dim=1), first.split(_MASKED), strict=True):
-            least, most = (max(0, int(stop)) for stop in (stops[0], stops[-1]))
-            found[:, :least] += own[..., :least].sum(1)
-            # Only where some of the rows end there is a mask: it would cost more than the sums.
-            keys = torch.arange(least, most, device=first.device)
-            found[:, least:most] += own[..., least:most].where(keys < stops[:, None], 0.0).sum(1)
+            _add_before(own, stops, found)
         return found
 
-    def hide(self, seen: Tensor) -> None:
-        """Set the weights of keys ``(R, ≥ n)`` to 0."""
-        for own, hidden in zip(self.weights, seen[:, : self.weights.shape[-1]], strict=True):
-            own.index_fill_(-1, hidden.nonzero()[:, 0], 0.0)
+
+def _add_before(weights: Tensor, first: Tensor, mass: Tensor) -> None:
+    """Add the weights ``(R, s, n)`` of keys before first ``(s,)`` to a mass ``(R, ≥ n)``."""
+    least, most = (max(0, int(stop)) for stop in (first[0], first[-1]))
+    mass[:, :least] += weights[..., :least].sum(1)
+    # Only where some of the rows end there is a mask: it would cost more than the sums.
+    keys = torch.arange(least, most, device=first.device)
+    mass[:, least:most] += weights[..., least:most].where(keys < first[:, None], 0.0).sum(1)
 
 
 def own_rows(rows: Tensor, parity: int, seed: int) -> Tensor:
@@ -98,23 +98,6 @@ def sampled_rows(
     return SampledRows(rows, weights, lse)
 
 
-def mass_before(
-    query: Tensor, key: Tensor, rows: Tensor, first: Tensor, scale: float, offset: int = 0
-) -> Tensor:
-    """Return the weight of each key ``(R, n)`` in exact rows that have it before first ``(s,)``.
-
-    It is `SampledRows.mass_before`, without all of the weights at a time; arguments are those of
-    `sampled_rows`.
-    """
-    mass = query.new_zeros((len(query), key.shape[1]))
-    low = 0
-    for part in _parts(query, key, rows, scale, offset):
-        high = low + len(part.rows)
-        mass[:, : part.weights.shape[-1]] += part.mass_before(first[low:high])
-        low = high
-    return mass
-
-
 def _parts(
     query: Tensor, key: Tensor, rows: Tensor, scale: float, offset: int
 ) -> Iterator[SampledRows]:
@@ -126,7 +109,6 @@ def _parts(
         first = int(part[0])  # what follows a row
         later = torch.arange(first, end, device=key.device) > part[:, None]
         logits[..., first:].masked_fill_(later, -torch.inf)
-        most = logits.amax(-1, keepdim=True)
-        weights = logits.sub_(most).exp_()
-        sums = weights.sum(-1, keepdim=True)
-        yield SampledRows(part, weights.div_(sums), (sums.log_() + most)[..., 0])
+        # The exponential by itself is very slow on processors where it is too small for the dtype.
+        weights = logits.softmax(-1)
+        yield SampledRows(part, weights, logits.amax(-1) - weights.amax(-1).log())

@@ -2,12 +2,39 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from .beyond import Gathered, Shared
-from .sampling import SampledRows
 from .window import BLOCK, Window
+
+
+class Weighing(Protocol):
+    """What weighs the keys of segments, from exact attention of s sampled rows."""
+
+    @property
+    def fitted(self) -> Tensor:
+        """``(s,)`` positions, increasing."""
+
+    @property
+    def lse(self) -> Tensor:
+        """``(R, s)``."""
+
+    @property
+    def before(self) -> Tensor:
+        """``(R, n)``, weights of the keys before the windows of the rows."""
+
+    @property
+    def whole(self) -> Tensor:
+        """``(R, n)``, the same in rows that have the whole segment of a key before their windows."""
+
+
+def segment_length(n: int, num_segments: int) -> int:
+    """Return how many tokens a segment of n has: whole blocks, in at most that many segments."""
+    blocks = -(-n // BLOCK)
+    return -(-blocks // num_segments) * BLOCK
 
 
 def segment_keys(
@@ -19,7 +46,7 @@ def segment_keys(
     before: Tensor,
     num_segments: int,
     scale: float,
-    sampled: SampledRows | None,
+    weighing: Weighing | None,
     window: Window,
 ) -> tuple[list[Shared], list[Gathered]]:
     """Return means of segments as keys of blocks of queries, for the keys that nothing else sees.
@@ -36,21 +63,18 @@ def segment_keys(
         before: ``(c,)``, the blocks of keys before the window of each block of queries.
         num_segments: at most that many of them.
         scale: factor of the logits.
-        sampled: exact rows that weigh the keys of a segment, and the segment as a whole; None for equal
-            weights. Their weights of keys that count elsewhere are overwritten with 0.
+        weighing: what weighs the keys of a segment, and the segment as a whole; None for equal weights.
         window: the aligned window.
 
     Complexity: O(n d) time, and O(k + n / (64 k)) keys for k segments.
     """
     heads, total = len(query), key.shape[1] // BLOCK
     count = query.shape[1] // window.shared
-    span = -(-total // num_segments)
+    span = segment_length(total * BLOCK, num_segments) // BLOCK
     whole = total // span
     device = query.device
     numbers = (~seen).to(query.dtype)
-    if sampled is not None:
-        sampled.hide(seen)
-    weights = numbers if sampled is None else _sampled_weights(sampled, seen, window)
+    weights = numbers if weighing is None else _sampled_weights(weighing.before, seen)
 
     def means(tensor: Tensor, length: int, stop: int) -> Tensor:
         """Return the weighted means over runs of keys, ``(R, runs, ·)``."""
@@ -73,8 +97,8 @@ def segment_keys(
         own = visible[..., :stop].unflatten(-1, (whole, span)).sum(-1)
         own = own.masked_fill(torch.arange(whole, device=device) >= edge[:, None], 0.0)
         bias = own.log_()
-        if sampled is not None:
-            bias += _corrections(query, keys, sampled, window, span, seen, scale)[:, None]
+        if weighing is not None:
+            bias += _corrections(query, keys, weighing, window, span, seen, scale)[:, None]
         shared.append(Shared(keys, means(value, span * BLOCK, stop * BLOCK), bias))
     if span > 1:
         index = edge[:, None] * span + torch.arange(span - 1, device=device)
@@ -86,9 +110,8 @@ def segment_keys(
     return shared, gathered
 
 
-def _sampled_weights(sampled: SampledRows, seen: Tensor, window: Window) -> Tensor:
+def _sampled_weights(mass: Tensor, seen: Tensor) -> Tensor:
     """Return the weight of each key in the sampled rows, and a little of the mean, ``(R, b·64)``."""
-    mass = sampled.mass_before(window.first(sampled.rows))
     mass = torch.nn.functional.pad(mass, (0, seen.shape[-1] - mass.shape[-1]))
     mass = mass.masked_fill(seen, 0.0)
     floor = 0.1 * mass.mean(-1, keepdim=True) + torch.finfo(mass.dtype).tiny
@@ -98,7 +121,7 @@ def _sampled_weights(sampled: SampledRows, seen: Tensor, window: Window) -> Tens
 def _corrections(
     query: Tensor,
     keys: Tensor,
-    sampled: SampledRows,
+    weighing: Weighing,
     window: Window,
     span: int,
     seen: Tensor,
@@ -110,15 +133,15 @@ def _corrections(
     """
     length = span * BLOCK
     segments = keys.shape[1]
-    rows = sampled.rows
+    stop = segments * length
+    rows = weighing.fitted
     edge = window.first(rows).clamp(min=0).div(length, rounding_mode="floor")
     open_to = torch.arange(segments, device=rows.device) < edge[:, None]  # (s, k)
-    stop = segments * length
-    exact = torch.nn.functional.pad(sampled.weights, (0, max(0, stop - sampled.weights.shape[-1])))
-    exact = exact[..., :stop].unflatten(-1, (segments, length)).sum(-1) * open_to
+    whole = torch.nn.functional.pad(weighing.whole, (0, max(0, stop - weighing.whole.shape[-1])))
+    exact = whole[:, :stop].masked_fill(seen[:, :stop], 0.0).unflatten(-1, (segments, length)).sum(-1)
     numbers = (~seen[:, :stop]).unflatten(1, (segments, length)).sum(-1).to(exact.dtype)
     logits = query.index_select(1, rows) @ keys.mT * scale + numbers.log()[:, None]
-    model = (logits - sampled.lse[..., None]).exp() * open_to
+    model = (logits - weighing.lse[..., None]).exp() * open_to
     tiny = torch.finfo(exact.dtype).tiny
-    found = exact.sum(1).clamp(min=tiny).log() - model.sum(1).clamp(min=tiny).log()
+    found = exact.clamp(min=tiny).log() - model.sum(1).clamp(min=tiny).log()
     return found.masked_fill(~open_to.any(0), 0.0).detach().clamp(-10.0, 10.0)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..kept import kept
 from .beyond import Gathered
 from .sampling import own_rows
 from .window import BLOCK
@@ -104,36 +105,33 @@ def heavy_blocks(
     heads, blocks = len(query), query.shape[1] // size
     places = rows_of_blocks(size, seed, blocks, query.shape[1] if real is None else real)
     places = places.to(query.device)
-    own = query.index_select(1, places.flatten()).unflatten(1, (blocks, -1)) * scale
+    own = query[:, places] * scale  # (R, c, 4, d)
+    rows = places + first * size
     total = key.shape[1] // BLOCK
     keep = min(count if each else _SPREAD * count, total)
     found = torch.full((heads, blocks, keep), total, dtype=torch.int64, device=query.device)
     weight = torch.zeros((heads, blocks, keep), dtype=query.dtype, device=query.device)
     exact = None if value is None else query.new_zeros((*own.shape[:3], value.shape[-1]))
-    later = torch.arange(blocks * size, device=query.device).view(blocks, 1, size) > places[..., None]
+    numbers = torch.arange(total, device=query.device)
     for low in range(0, blocks, together):
         high = min(blocks, low + together)
         most = int(before[high - 1])
         if most == 0:
             continue
-        logits = own[:, low:high].flatten(1, 2).flatten(0, 1) @ key[0, : (first + high) * size].t()
-        logits = logits.view(heads, high - low, places.shape[1], -1)
-        for index in range(high - low):  # what follows a row
-            begin = (first + low + index) * size
-            own_keys = logits[:, index, :, begin : begin + size]
-            own_keys.masked_fill_(later[low + index, :, : own_keys.shape[-1]], -torch.inf)
-            logits[:, index, :, begin + size :] = -torch.inf
-        weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_()
-        everything = weights.sum(-1, keepdim=True)
+        begin, end = (first + low) * size, min((first + high) * size, key.shape[1])
+        logits = own[:, low:high].flatten(0, 2) @ key[0, :end].t()
+        logits = logits.view(heads, high - low, -1, end)
+        later = torch.arange(begin, end, device=query.device) > rows[low:high, :, None]
+        logits[..., begin:].masked_fill_(later, -torch.inf)
+        weights = logits.softmax(-1)
         if exact is not None and value is not None:
-            sums = weights.view(-1, weights.shape[-1]) @ value[0, : weights.shape[-1]]
-            exact[:, low:high] = sums.view(*weights.shape[:-1], -1).div_(everything)
+            exact[:, low:high] = (weights.flatten(0, 2) @ value[0, :end]).view(*weights.shape[:3], -1)
         far = weights[..., : most * BLOCK]
         for head in range(heads):
             taken = columns[head]
             far[head].index_fill_(-1, taken[taken < most * BLOCK], 0.0)
-        mass = far.unflatten(-1, (most, BLOCK)).sum(-1).div_(everything).sum(2)
-        mass.masked_fill_(torch.arange(most, device=query.device) >= before[low:high, None], 0.0)
+        mass = far.unflatten(-1, (most, BLOCK)).sum(-1).sum(2)
+        mass.masked_fill_(numbers[:most] >= before[low:high, None], 0.0)
         best = mass.topk(min(keep, most), dim=-1)
         found[:, low:high, : best.indices.shape[-1]] = best.indices
         weight[:, low:high, : best.indices.shape[-1]] = best.values
@@ -146,10 +144,11 @@ def heavy_blocks(
     return HeavyBlocks(found[..., : max(1, int((found < total).sum(-1).max()))], exact)
 
 
+@kept(32)
 def rows_of_blocks(size: int, seed: int, blocks: int, real: int) -> Tensor:
     """Return rows that stand for each block of queries, ``(blocks, 4)``, increasing: rows for fits.
 
-    Rows past the last real one are replaced by the last, or the one before it.
+    Rows past the last real one are replaced by the last, or the one before it. Nobody writes to them.
     """
     generator = torch.Generator().manual_seed(seed)
     places = 2 * torch.randperm(size // 2, generator=generator)[:_ROWS].sort().values

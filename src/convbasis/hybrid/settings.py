@@ -35,7 +35,7 @@ class Settings(NamedTuple):
         if not self.blocks and self.far_field == "none" and (self.strict or not self.columns):
             return 1
         # Strictly, blocks are chosen by the queries before: the fewer share, the nearer those are.
-        return BLOCK if self.strict else QUERIES
+        return QUERIES if self.blocks and not self.strict else BLOCK
 
 
 def check_settings(settings: Settings) -> None:

@@ -12,6 +12,7 @@ from .piece import piece_attention
 
 BLOCK = 64  # tokens of a block of keys
 QUERIES = 128  # queries that share what they see before their windows
+_KEPT = 1 << 17  # entries of a mask of rows that is kept for the next head
 
 
 class Window(NamedTuple):
@@ -31,6 +32,11 @@ class Window(NamedTuple):
         return begin.div(BLOCK, rounding_mode="floor") * BLOCK
 
     @property
+    def group(self) -> int:
+        """Queries that are attended together."""
+        return QUERIES if self.shared == 1 else self.shared
+
+    @property
     def begin(self) -> int:
         """The first row that has keys before its window."""
         if self.shared == 1:
@@ -46,8 +52,9 @@ class Window(NamedTuple):
 @kept(8)
 def _mask_of_groups(window: Window, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return what hides keys from a whole group of queries, the same for each; nobody writes to it."""
-    rows = torch.arange(QUERIES, device=device)
-    return _hidden(window, rows, torch.arange(-window.reach, QUERIES, device=device), dtype)
+    size = window.group
+    rows = torch.arange(size, device=device)
+    return _hidden(window, rows, torch.arange(-window.reach, size, device=device), dtype)
 
 
 def window_attention(
@@ -75,8 +82,8 @@ def window_attention(
     """
     end = offset + query.shape[1]
     # Whole groups of queries, whose windows lie within the keys, share one mask.
-    first = -(-max(offset, window.reach) // QUERIES) * QUERIES
-    last = max(first, end // QUERIES * QUERIES)
+    first = -(-max(offset, window.reach) // window.group) * window.group
+    last = max(first, end // window.group * window.group)
     parts = [
         *_rows(query, key, value, window, offset, (offset, min(first, end)), scale),
         *_groups(query, key, value, window, offset, (first, min(last, end)), scale),
@@ -96,9 +103,15 @@ def _hidden(window: Window, rows: Tensor, keys: Tensor, dtype: torch.dtype) -> T
     )[None, None]
 
 
-def _every_row(query: Tensor) -> Tensor:
-    """Each query sees its own key."""
-    return torch.ones((1, 1, 1), dtype=torch.bool, device=query.device)
+def _make_mask(
+    window: Window, begin: int, low: int, high: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Return what hides keys from `begin` on from rows low .. high - 1; nobody writes to it."""
+    rows, keys = (torch.arange(first, high, device=device) for first in (low, begin))
+    return _hidden(window, rows, keys, dtype)
+
+
+_kept_mask = kept(16)(_make_mask)
 
 
 def _rows(
@@ -114,16 +127,15 @@ def _rows(
     found = []
     for low in range(rows[0], rows[1], 1024):
         high = min(rows[1], low + 1024)
-        index = torch.arange(low, high, device=query.device)
-        begin = max(0, int(window.first(index[:1])))
-        keys = torch.arange(begin, high, device=query.device)
+        begin = max(0, int(window.first(torch.tensor([low]))))
+        make = _kept_mask if (high - low) * (high - begin) <= _KEPT else _make_mask
         output, lse = piece_attention(
             query[None, :, low - offset : high - offset],
             key[None, :, begin:high],
             value[None, :, begin:high],
             scale,
-            _hidden(window, index, keys, query.dtype),
-            visible=_every_row(query),
+            make(window, begin, low, high, query.dtype, query.device),
+            visible=True,
         )
         found.append((output[0], lse[0]))
     return found
@@ -142,12 +154,12 @@ def _groups(
     low, high = rows
     if low >= high:
         return []
-    reach = window.reach
+    reach, size = window.reach, window.group
 
     def windows(tensor: Tensor) -> Tensor:
-        return tensor[:, low - reach : high].unfold(1, reach + QUERIES, QUERIES).permute(1, 0, 3, 2)
+        return tensor[:, low - reach : high].unfold(1, reach + size, size).permute(1, 0, 3, 2)
 
-    own = query[:, low - offset : high - offset].unflatten(1, (-1, QUERIES)).transpose(0, 1)
+    own = query[:, low - offset : high - offset].unflatten(1, (-1, size)).transpose(0, 1)
     mask = _mask_of_groups(window, query.dtype, query.device)
-    output, lse = piece_attention(own, windows(key), windows(value), scale, mask, _every_row(query))
+    output, lse = piece_attention(own, windows(key), windows(value), scale, mask, visible=True)
     return [(output.transpose(0, 1).flatten(1, 2), lse.transpose(0, 1).flatten(1, 2))]

@@ -12,7 +12,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ..checks import check_qkv
 from ..hybrid import hybrid_attention
-from ..hybrid.heads import attend_pieces, pieces_of_work
+from ..hybrid.exact import serves_exactly
+from ..hybrid.heads import Together, attend_pieces, pieces_of_work
 from ..hybrid.settings import Settings, check_settings
 from ..plan import HeadPlan
 
@@ -62,18 +63,21 @@ def planned_prefill(
     check_qkv(query, key, value, True)
     lengths = [n] * batch if padding is None else padding.sum(1).tolist()
     settings = {length: _settings(heads, length) for length in lengths if length > min_length}
-    pieces = [
-        piece
-        for b, length in enumerate(lengths)
-        if length in settings
-        for piece in pieces_of_work(query, key, b, settings[length])
-    ]
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    # Exact heads among others are pieces of work like these; elsewhere they are attended to at once.
+    as_pieces = serves_exactly(query, value) and not recorded
+    pieces = []
+    for b, length in enumerate(lengths):
+        if length in settings:
+            pieces += pieces_of_work(query, key, b, settings[length])
+            if as_pieces and any(settings[length]):
+                alone = [head for head, own in enumerate(settings[length]) if own is None]
+                pieces += [Together(b, [head], None) for head in alone]
     # The longest first: then all threads end at about the same time.
     pieces.sort(key=lambda piece: -heads[piece.heads[0]].cost * len(piece.heads))
     # As the model wants it in the end: by token, then by head.
     empty = query.new_empty if padding is None else query.new_zeros
     output = empty(batch, n, count, value.shape[-1]).transpose(1, 2)
-    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     found, _ = attend_pieces(
         query,
         key,
@@ -83,32 +87,37 @@ def planned_prefill(
         padding,
         tolerance is not None,
         into=None if recorded else output,
+        last_rows=last_rows,
     )
     approximated = torch.zeros(batch, count, dtype=torch.bool)
     fallen_back = torch.zeros(batch, count, dtype=torch.bool)
-    for (b, members, _), group in zip(pieces, found, strict=True):
+    done = torch.zeros(batch, count, dtype=torch.bool)
+    for (b, members, own), group in zip(pieces, found, strict=True):
+        done[b, members] = True
+        if own is None:
+            continue
         if recorded:
             output[b, members] = group.output
         approximated[b, members] = True
         if tolerance is not None:
             fallen_back[b, members] = ~(group.bound <= tolerance).cpu()
-    for row, exact in enumerate((~approximated | fallen_back).tolist()):
-        real = None if padding is None else padding[row].nonzero()[:, 0]
-        for members, rows in (
-            ([head for head in range(count) if exact[head]], lengths[row]),
-            ([head for head in range(count) if not exact[head]], min(last_rows, lengths[row])),
-        ):
-            if not members or not rows:
-                continue
-            every = slice(None) if real is None else real
-            tensors = (x[row : row + 1, :, every] for x in (query, key, value))
-            own, keys, values = of_heads(members, *tensors)
-            attended = attend_last_rows(own[:, :, lengths[row] - rows :], keys, values, scale)
-            places = torch.tensor(members, device=query.device)
-            if real is None:
-                output[row, places, n - rows :] = attended[0]
-            else:
-                output[row, places[:, None], real[lengths[row] - rows :]] = attended[0]
+    if as_pieces and bool(fallen_back.any()):
+        again = [Together(b, [head], None) for b, head in fallen_back.nonzero().tolist()]
+        attend_pieces(query, key, value, again, scale, padding, False, into=output)
+    elif not as_pieces:
+        done &= ~fallen_back
+    for row, exact in enumerate((~done).tolist()):
+        members = [head for head in range(count) if exact[head]]
+        if not members or not lengths[row]:
+            continue
+        real = slice(None) if padding is None else padding[row].nonzero()[:, 0]
+        tensors = (x[row : row + 1, :, real] for x in (query, key, value))
+        attended = attend_last_rows(*of_heads(members, *tensors), scale)[0]
+        places = torch.tensor(members, device=query.device)
+        if padding is None:
+            output[row, places] = attended
+        else:
+            output[row, places[:, None], real] = attended
     return Prefill(output, fallen_back, approximated)
 
 

@@ -35,10 +35,10 @@ def default_ladder(length: int) -> tuple[HeadSetting, ...]:
     return (
         setting(128),
         setting(256),
-        setting(256, **segments),
-        setting(512, **segments),
-        setting(768, **segments),
-        setting(256, 6, correction=True),
+        setting(320, **segments),
+        setting(576, **segments),
+        setting(832, **segments),
+        setting(128, 4, correction=True),
     )
 
 

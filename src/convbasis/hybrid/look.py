@@ -1,0 +1,291 @@
+"""Exact attention of sampled rows: what choices, fits and estimates of heads are made of.
+
+The rows of all heads that share a key go through one product with the keys. Which rows they are depends
+on the number of tokens and, roughly, on the window: heads with other settings have the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kept import kept
+from .piece import merge, piece_attention
+from .sampling import spread_rows
+from .segments import segment_length
+from .settings import Settings
+from .window import Window
+
+FITTED = ("conv", "lowrank")  # far fields with factors that sampled rows determine
+# Rows for fits, and rows whose attention is wanted, that go over the keys of the last of them.
+_WEIGHED, _ATTENDED = 16, 32
+_LONGEST_KEPT = 1 << 16  # tokens of a prompt whose masks are kept for the next head
+
+
+class Looked(NamedTuple):
+    """What sampled rows of R heads say."""
+
+    begin: int
+    """Rows are sampled from here on; those before are exact in any case."""
+    fitted: Tensor
+    """``(s,)`` rows for fits, increasing; none if no head needs them."""
+    lse: Tensor
+    """``(R, s)``, of the rows for fits."""
+    before: Tensor
+    """``(R, n)``, weights of keys, summed over the rows for fits that have them before their window."""
+    whole: Tensor
+    """``(R, n)``, the same over rows that have the whole segment of a key before their window; 0 for
+    heads without key weights."""
+    held: Tensor
+    """``(e,)`` rows for estimates, increasing; none if there is no estimate."""
+    exact: Tensor
+    """``(R, e, d_v)``, attention of the rows for estimates."""
+    last: Tensor
+    """``(R, l, d_v)``, attention of the last rows."""
+
+    def of(self, heads: slice) -> Looked:
+        """Return what is said of some of the heads."""
+        lse, before, whole = self.lse[heads], self.before[heads], self.whole[heads]
+        exact, last = self.exact[heads], self.last[heads]
+        return Looked(self.begin, self.fitted, lse, before, whole, self.held, exact, last)
+
+
+class _Part(NamedTuple):
+    """Some rows, and the keys up to the last of them."""
+
+    rows: Tensor
+    """``(s,)``, increasing."""
+    common: int
+    """Keys that all of the rows see, the first ones."""
+    end: int
+    """Keys that the last of them sees."""
+    hidden: Tensor
+    """``(s, end - common)``, -inf for what a row does not see."""
+
+
+class _Edge(NamedTuple):
+    """Which keys count in each row of a part."""
+
+    low: int
+    """Keys that count in all rows, the first ones."""
+    high: int
+    """Keys that count in the last row."""
+    counted: Tensor
+    """``(s, high - low)``, 1 for what counts, 0 for what does not."""
+
+
+def first_sampled(window: Window, n: int) -> int:
+    """Return where the rows begin that heads sample: one of few places, at or before the first row that
+    is not exact. At least half of all sampled rows are after that.
+    """
+    begin = window.begin
+    found = max(edge for edge in (0, n // 8, n // 4) if edge <= begin)
+    while 2 * begin >= n + found and n - found > 1:
+        found = (n + found) // 2
+    return min(found, begin)
+
+
+def rows_for_fits(window: Window, n: int, samples: int, seed: int) -> Tensor:
+    """Return the rows from which a head of n tokens is fitted, one at least; nobody writes to them."""
+    return _spread(first_sampled(window, n), n, samples, 0, seed)
+
+
+class Look:
+    """How the sampled rows of R heads are looked at: jobs that do not depend on each other."""
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        settings: Sequence[Settings],
+        scale: float,
+        estimated: bool,
+        last_rows: int,
+    ) -> None:
+        """Plan the jobs.
+
+        Args:
+            query: ``(R, n, d)``.
+            key: ``(1, n, d)``.
+            value: ``(1, n, d_v)``.
+            settings: of each head; all sample from the same row on, equally many, with the same seed.
+            scale: factor of the logits.
+            estimated: whether errors are to be estimated.
+            last_rows: whose attention is wanted too.
+
+        Complexity: O((s + e) n (d + d_v)) time for each head, O(n) memory.
+        """
+        n = query.shape[1]
+        samples, seed = settings[0].samples, settings[0].seed
+        self._query, self._value = query, value
+        self._begin = first_sampled(Window(settings[0].window, settings[0].shared), n)
+        rows = _Rows(self._begin, n, samples, seed, query.dtype, query.device)
+        kinds: dict[tuple[Window, int], list[int]] = {}
+        for head, own in enumerate(settings):
+            if own.columns or own.key_weights or own.far_field in FITTED:
+                length = segment_length(n, own.num_segments) if own.key_weights else 0
+                kinds.setdefault((Window(own.window, own.shared), length), []).append(head)
+        self._kinds = [
+            (_some(heads), [_edges(window, size, rows) for size in ((1, length) if length else (1,))])
+            for (window, length), heads in kinds.items()
+        ]
+        self._fits = _parts(rows, "fitted") if kinds else []
+        self._held = _parts(rows, "held") if estimated else []
+        latest = torch.arange(max(0, n - last_rows), n, device=query.device)
+        self._last = _in_parts(latest, _ATTENDED, query.dtype)
+        given = (query, key, value, scale)
+        self.jobs: list[Callable[[], Any]] = [
+            *(partial(_weigh, *given, part, self._kinds, at) for at, part in enumerate(self._fits)),
+            *(partial(_attend, *given, part) for part in (*self._held, *self._last)),
+        ]
+        """Functions without arguments."""
+
+    def found(self, done: Sequence[Any]) -> Looked:
+        """Return what the results of the jobs, in their order, say together."""
+        fits, held = len(self._fits), len(self._held)
+        query, heads = self._query, len(self._query)
+        before, whole = (query.new_zeros((heads, query.shape[1] if fits else 0)) for _ in range(2))
+        for _, masses in done[:fits]:
+            for (members, _), mass in zip(self._kinds, masses, strict=True):
+                for total, own in zip((before, whole), mass, strict=False):
+                    total[members, : own.shape[-1]] += own
+        nothing = self._value.new_zeros((heads, 0, self._value.shape[-1]))
+        return Looked(
+            self._begin,
+            _rows_of(self._fits, query.device),
+            torch.cat([query.new_zeros((heads, 0)), *(lse for lse, _ in done[:fits])], dim=1),
+            before,
+            whole,
+            _rows_of(self._held, query.device),
+            torch.cat([nothing, *done[fits : fits + held]], dim=1),
+            torch.cat([nothing, *done[fits + held :]], dim=1),
+        )
+
+
+def _some(heads: list[int]) -> slice | list[int]:
+    """Return heads as a slice where they follow each other."""
+    return slice(heads[0], heads[-1] + 1) if heads[-1] - heads[0] + 1 == len(heads) else heads
+
+
+def _rows_of(parts: Sequence[_Part], device: torch.device) -> Tensor:
+    nothing = torch.empty(0, dtype=torch.int64, device=device)
+    return torch.cat([nothing, *(part.rows for part in parts)])
+
+
+class _Rows(NamedTuple):
+    """Which rows are sampled, and what masks are made of."""
+
+    begin: int
+    n: int
+    samples: int
+    seed: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+def _in_parts(rows: Tensor, size: int, dtype: torch.dtype) -> list[_Part]:
+    found = []
+    for part in rows.split(size) if len(rows) else ():
+        common, end = int(part[0]) + 1, int(part[-1]) + 1
+        keys = torch.arange(common, end, device=rows.device)
+        hidden = torch.where(keys > part[:, None], -torch.inf, 0.0).to(dtype)
+        found.append(_Part(part, common, end, hidden))
+    return found
+
+
+def _make_parts(rows: _Rows, what: str) -> list[_Part]:
+    """Return the rows for fits or for estimates, one at least; nobody writes to what they hold."""
+    count, parity, size = {
+        "fitted": (rows.samples, 0, _WEIGHED),
+        "held": (2 * rows.samples, 1, _ATTENDED),
+    }[what]
+    own = _spread(rows.begin, rows.n, count, parity, rows.seed)
+    return _in_parts(own.to(rows.device), size, rows.dtype)
+
+
+def _spread(begin: int, n: int, count: int, parity: int, seed: int) -> Tensor:
+    rows = spread_rows(begin, n, count, parity, seed)
+    return rows if len(rows) else torch.tensor([n - 1])
+
+
+def _make_edges(window: Window, length: int, rows: _Rows) -> list[_Edge]:
+    """Return for each part of the rows for fits which keys count: those in whole stretches of a length
+    before the window."""
+    found = []
+    for part in _parts(rows, "fitted"):
+        stops = window.first(part.rows).clamp(min=0).div(length, rounding_mode="floor") * length
+        low, high = int(stops[0]), int(stops[-1])
+        counted = (torch.arange(low, high, device=rows.device) < stops[:, None]).to(rows.dtype)
+        found.append(_Edge(low, high, counted))
+    return found
+
+
+_kept_parts, _kept_edges = kept(16)(_make_parts), kept(32)(_make_edges)
+
+
+def _parts(rows: _Rows, what: str) -> list[_Part]:
+    return (_kept_parts if rows.n <= _LONGEST_KEPT else _make_parts)(rows, what)
+
+
+def _edges(window: Window, length: int, rows: _Rows) -> list[_Edge]:
+    return (_kept_edges if rows.n <= _LONGEST_KEPT else _make_edges)(window, length, rows)
+
+
+@torch.no_grad()
+def _weigh(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    part: _Part,
+    kinds: Sequence[tuple[slice | list[int], Sequence[Sequence[_Edge]]]],
+    place: int,
+) -> tuple[Tensor, list[list[Tensor]]]:
+    """Return the log-sum-exp ``(R, s)`` of some rows, and for each kind of head and edge the weights of
+    the keys ``(heads, ·)`` that count, summed over the rows.
+    """
+    own = (query[:, part.rows] * scale).flatten(0, 1)
+    logits = (own @ key[0, : part.end].t()).unflatten(0, (len(query), -1))
+    logits[..., part.common :] += part.hidden
+    # The exponential by itself is very slow on processors where it is too small for the dtype.
+    weights = logits.softmax(-1)
+    lse = logits.amax(-1) - weights.amax(-1).log()
+    found = []
+    for members, edges in kinds:
+        of_kind = []
+        for edge in edges:
+            low, high, counted = edge[place]
+            seen = weights[members, :, :high]
+            mass = seen.sum(1)
+            if low < high:
+                mass[:, low:] = (seen[..., low:] * counted).sum(1)
+            of_kind.append(mass)
+        found.append(of_kind)
+    return lse, found
+
+
+@torch.no_grad()
+def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, part: _Part) -> Tensor:
+    """Return attention of some rows, ``(R, s, d_v)``."""
+    own = query[:, part.rows]
+    known = key[None, :, : part.common], value[None, :, : part.common]
+    # All heads as one: each reads these keys.
+    together = piece_attention(own.flatten(0, 1)[None, None], *known, scale)
+    output, lse = (x[0, 0].unflatten(0, own.shape[:2]) for x in together)
+    if part.common < part.end:
+        rest = slice(part.common, part.end)
+        more, more_lse = piece_attention(
+            own[None],
+            key[None, :, rest].expand(-1, len(own), -1, -1),
+            value[None, :, rest].expand(-1, len(own), -1, -1),
+            scale,
+            part.hidden[None, None],
+            (part.rows >= part.common)[None, None],
+        )
+        output, _ = merge(output, lse, more[0], more_lse[0], overwrite=True)
+    return output

@@ -1,0 +1,118 @@
+"""What sampled rows say: masses and exact rows against dense attention, for any mixture of heads."""
+
+import pytest
+import torch
+from oracle import qkv
+
+from convbasis.hybrid.exact import attend_exactly
+from convbasis.hybrid.look import Look, first_sampled, rows_for_fits
+from convbasis.hybrid.segments import segment_length
+from convbasis.hybrid.settings import Settings
+from convbasis.hybrid.window import Window
+
+N = 700
+
+
+def settings(window, **options):
+    plain = {"columns": 5, "far_field": "none", "key_weights": False, **options}
+    return Settings(window, 2, plain["columns"], 0, plain["far_field"], 4, plain["key_weights"], 20, 3)
+
+
+KINDS = {
+    "one window": [settings(30)] * 3,
+    "two windows": [settings(30), settings(64), settings(30)],
+    "with key weights": [settings(30, far_field="segments", key_weights=True)] * 2 + [settings(40)],
+    "one without fits": [settings(30), settings(100, columns=0), settings(60)],
+    "none with fits": [settings(30, columns=0)] * 3,
+}
+
+
+def looked(tensors, kind, estimated=True, last_rows=0):
+    query, key, value = (x[0] for x in tensors)
+    look = Look(query, key, value, kind, 0.3, estimated, last_rows)
+    return look.found([job() for job in look.jobs])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_what_rows_say_is_what_dense_attention_says(kind, dtype):
+    tensors = qkv(N, heads=3, kv_heads=1, dtype=dtype)
+    found = looked(tensors, kind, last_rows=70)
+    query, key, value = (x[0].double() for x in tensors)
+    later = torch.arange(N) > torch.arange(N)[:, None]
+    logits = (0.3 * query @ key.mT).masked_fill(later, -torch.inf)
+    weights = logits.softmax(-1)
+    tight = 1e-12 if dtype == torch.float64 else 1e-5
+
+    def close(ours, theirs):
+        assert ours.shape == theirs.shape
+        assert torch.allclose(ours.double(), theirs, atol=tight, rtol=tight)
+
+    close(found.exact, (weights @ value)[:, found.held])
+    close(found.last, (weights @ value)[:, -70:])
+    assert not set(found.held.tolist()) & set(found.fitted.tolist())
+    fits = [own.columns > 0 or own.key_weights for own in kind]
+    if not any(fits):
+        assert not len(found.fitted)
+        assert not found.before.numel()
+        return
+    close(found.lse, logits.logsumexp(-1)[:, found.fitted])
+    for head, own in enumerate(kind):
+        window = Window(own.window, own.shared)
+        assert torch.equal(found.fitted, rows_for_fits(window, N, 20, 3))
+        first = window.first(found.fitted).clamp(min=0)
+        length = segment_length(N, 4)
+        for mass, edge, counts in (
+            (found.before, first, fits[head]),
+            (found.whole, first // length * length, own.key_weights),
+        ):
+            seen = weights[head, found.fitted].masked_fill(torch.arange(N) >= edge[:, None], 0.0)
+            close(mass[head], seen.sum(0) * counts)
+
+
+def test_a_head_says_the_same_whatever_heads_are_beside_it():
+    tensors = qkv(N, heads=3, kv_heads=1, dtype=torch.float32)
+    mixed = looked(tensors, KINDS["with key weights"])
+    for head, own in enumerate(KINDS["with key weights"]):
+        alone = looked((tensors[0][:, head : head + 1], *tensors[1:]), [own])
+        one = mixed.of(slice(head, head + 1))
+        for name in ("fitted", "lse", "before", "whole", "held", "exact"):
+            assert torch.allclose(getattr(alone, name), getattr(one, name), atol=1e-5), name
+
+
+def test_nothing_is_looked_at_that_is_not_wanted():
+    tensors = qkv(N, heads=3, kv_heads=1)
+    look = Look(*(x[0] for x in tensors), KINDS["none with fits"], 0.3, False, 0)
+    assert not look.jobs
+    found = look.found([])
+    assert found.exact.shape == found.last.shape == (3, 0, 16)
+    assert not len(found.held)
+
+
+@pytest.mark.parametrize("shared", [1, 64, 128])
+def test_rows_begin_at_few_places_and_half_of_them_count(shared):
+    places = set()
+    for tokens in range(1, 4000, 37):
+        window = Window(tokens, shared)
+        if window.begin < 4000:
+            first = first_sampled(window, 4000)
+            places.add(first)
+            assert 0 <= first <= window.begin
+            assert 4000 - window.begin >= (4000 - first) // 2 - 1 or window.begin - first <= 4000 // 8
+    assert len(places) <= 15
+    assert first_sampled(Window(100, shared), 8192) == first_sampled(Window(700, shared), 8192) == 0
+
+
+@pytest.mark.parametrize("n", [1, 5, 700, 2049, 4200])
+@pytest.mark.parametrize("heads", [1, 3])
+def test_exact_heads_in_stretches(n, heads):
+    query, key, value = (x[0] for x in qkv(n, heads=heads, kv_heads=1, dtype=torch.float32))
+    room = torch.full((n, heads + 1, 16), 7.0).transpose(0, 1)
+    output, lse = attend_exactly(query, key, value, 0.3, room[:heads])
+    double = [x.double() for x in (query, key, value)]
+    logits = 0.3 * double[0] @ double[1].mT
+    logits.masked_fill_(torch.arange(n) > torch.arange(n)[:, None], -torch.inf)
+    assert torch.allclose(lse.double(), logits.logsumexp(-1), atol=1e-5)
+    assert torch.allclose(output.double(), logits.softmax(-1) @ double[2], atol=1e-5)
+    assert torch.equal(room[:heads], output)
+    assert bool((room[heads] == 7.0).all())
