@@ -160,6 +160,23 @@ def test_of_some_inputs_alone(wanted):
             assert tensor.grad is None
 
 
+@pytest.mark.parametrize("wanted", [0, 1, 2])
+def test_a_call_before_the_backward_pass_changes_no_gradient(wanted):
+    """Copies of a model's heads, which lie between each other's, are used again from call to call."""
+    first, second = (
+        [x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv(300, heads=4, kv_heads=2, seed=s)]
+        for s in (0, 1)
+    )
+    first[wanted].requires_grad_()
+    options = {"window": 20, "columns": 7, "enable_gqa": True}
+    (expected,) = torch.autograd.grad(cb.hybrid_attention(*first, **options).sum(), first[wanted])
+    output = cb.hybrid_attention(*first, **options)
+    with torch.no_grad():
+        cb.hybrid_attention(*second, **options)
+    (found,) = torch.autograd.grad(output.sum(), first[wanted])
+    assert torch.equal(found, expected)
+
+
 class TestPieces:
     @pytest.mark.parametrize("d_v", [8, 5])
     def test_rows_that_see_no_key(self, d_v):

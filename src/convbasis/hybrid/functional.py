@@ -50,9 +50,9 @@ def hybrid_attention(
         query: ``(B, H, n, d)``; float64, float32, bfloat16 or float16.
         key: ``(B, H_kv, n, d)``, same dtype and device.
         value: ``(B, H_kv, n, d_v)``, same dtype and device.
-        window: the latest keys that a query sees, in tokens, its own included. With columns, blocks or
-            segments it reaches back to the edge of a block, up to 190 tokens more, which costs nothing;
-            strictly with blocks or segments alone, up to 126 more.
+        window: the latest keys that a query sees, in tokens, its own included. With columns or segments
+            it reaches back to the edge of a block, up to 126 tokens more, which costs nothing; with
+            blocks up to 190 more, strictly 126.
         sinks: first tokens that every query sees.
         columns: heaviest single keys that every later query of a head sees, found from sampled rows.
         blocks: blocks of 64 keys for each block of 128 queries, found from four rows of each; in the
@@ -93,8 +93,9 @@ def hybrid_attention(
 
     Complexity:
         O(n w (d + d_v)) time for w keys of each query, plus O(n^2 d / 32) for the choice of blocks and
-        as much again for correction, plus O(s n d) for s samples; O(n (d + d_v)) memory beside
-        s n numbers for each head that is at work: on a processor one for each thread.
+        as much again for correction, plus O(s n d) for s samples. O(n (d + d_v)) memory; ``"conv"`` and
+        ``"lowrank"`` take s n numbers more for each head that is at work: on a processor one for each
+        thread.
 
     Source:
         "Near and far keys" of docs/mathematics.md.

@@ -245,10 +245,15 @@ class _Sequence:
         if self.real is None and tensor.is_contiguous() and tensor.dtype == work:
             return tensor
         chosen = tensor if self.real is None else tensor.index_select(1, self.real)
-        recorded = torch.is_grad_enabled() and tensor.requires_grad
-        if recorded or torch.compiler.is_compiling() or watched():
+        if self._must_stay():
             return chosen.to(work).contiguous()
         return take(f"hybrid {name}", chosen.shape, work, chosen.device).copy_(chosen)
+
+    def _must_stay(self) -> bool:
+        """Whether copies are wanted later: graphs keep them, and what watches operators may."""
+        tensors = (self.query, self.key, self.value)
+        recorded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+        return recorded or torch.compiler.is_compiling() or watched()
 
     def _attend(
         self,

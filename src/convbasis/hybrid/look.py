@@ -21,8 +21,8 @@ from .settings import Settings
 from .window import Window
 
 FITTED = ("conv", "lowrank")  # far fields with factors that sampled rows determine
-# Rows for fits, and rows whose attention is wanted, that go over the keys of the last of them.
-_WEIGHED, _ATTENDED = 16, 32
+# Rows for fits, rows for estimates and last rows that go over the keys of the last of them.
+_WEIGHED, _ATTENDED, _LATEST = 16, 32, 64
 _LONGEST_KEPT = 1 << 16  # tokens of a prompt whose masks are kept for the next head
 
 
@@ -137,7 +137,7 @@ class Look:
         self._fits = _parts(rows, "fitted") if kinds else []
         self._held = _parts(rows, "held") if estimated else []
         latest = torch.arange(max(0, n - last_rows), n, device=query.device)
-        self._last = _in_parts(latest, _ATTENDED, query.dtype)
+        self._last = _in_parts(latest, _LATEST, query.dtype)
         given = (query, key, value, scale)
         self.jobs: list[Callable[[], Any]] = [
             *(partial(_weigh, *given, part, self._kinds, at) for at, part in enumerate(self._fits)),

@@ -37,8 +37,8 @@ def default_ladder(length: int) -> tuple[HeadSetting, ...]:
         setting(256),
         setting(320, **segments),
         setting(576, **segments),
-        setting(832, **segments),
-        setting(128, 4, correction=True),
+        setting(960, **segments),
+        setting(192, 3, correction=True),
     )
 
 
