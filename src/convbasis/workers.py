@@ -11,7 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 T = TypeVar("T")
 
-_own = threading.local()  # marks the threads of pools, and knows the pool while a task runs
+_own = threading.local()  # marks the threads of pools, and knows the crew while a task runs
 _pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
 _making = threading.Lock()
 
@@ -43,9 +43,9 @@ def run_all(tasks: Sequence[Callable[[], T]], tensors: Iterable[Tensor]) -> list
     workers = min(threads, len(tasks))
     if workers < 2 or not _may_leave(tensors):
         return [task() for task in tasks]
-    pool = _pool(workers, threads // workers)
+    crew = _Crew(_pool(workers, threads // workers), workers)
     run = _as_here()
-    running = [pool.submit(run, _with_pool, pool, task) for task in tasks]
+    running = [crew.pool.submit(run, _with_crew, crew, task) for task in tasks]
     try:
         return [each.result() for each in running]
     finally:
@@ -65,19 +65,19 @@ def share(parts: Sequence[Callable[[], T]]) -> list[T]:
     Raises:
         whatever a part raises.
     """
-    pool = getattr(_own, "pool", None)
-    if pool is None or len(parts) < 2:
+    crew = getattr(_own, "crew", None)
+    if crew is None or len(parts) < 2:
         return [part() for part in parts]
     shared = _Shared(parts)
     run = _as_here()
-    for _ in range(min(pool._max_workers, len(parts)) - 1):
+    for _ in range(min(crew.workers, len(parts)) - 1):
         # It waits behind all tasks that have not begun; too late, it finds nothing to do.
-        pool.submit(run, shared.work)
-    _own.pool = None
+        crew.pool.submit(run, shared.work)
+    _own.crew = None
     try:
         shared.work()
     finally:
-        _own.pool = pool
+        _own.crew = crew
     return shared.results()
 
 
@@ -112,8 +112,9 @@ class _Shared:
         """Wait for what others do, and return everything."""
         with self._changed:
             self._changed.wait_for(lambda: not self._running)
-        if self._failure is not None:
-            raise self._failure
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
         return self._found
 
 
@@ -129,13 +130,20 @@ def _as_here() -> Callable[..., Any]:
     return run
 
 
-def _with_pool(pool: ThreadPoolExecutor, task: Callable[[], T]) -> T:
-    """Run a task whose parts the threads of a pool may take."""
-    _own.pool = pool
+class _Crew(NamedTuple):
+    """The threads that do the tasks of a call."""
+
+    pool: ThreadPoolExecutor
+    workers: int
+
+
+def _with_crew(crew: _Crew, task: Callable[[], T]) -> T:
+    """Run a task whose parts the threads of a crew may take."""
+    _own.crew = crew
     try:
         return task()
     finally:
-        _own.pool = None
+        _own.crew = None
 
 
 def _may_leave(tensors: Iterable[Tensor]) -> bool:

@@ -2,7 +2,8 @@
 
 On a CPU the first write to fresh memory costs several times a write to warm memory, and large blocks
 are returned to the system when they are freed. A buffer here belongs to one thread and to one name;
-its content is whatever the last user left: whoever takes it writes every entry before reading it.
+other threads may read it while this one waits for them. Its content is whatever the last user left:
+whoever takes it writes every entry before reading it.
 """
 
 from __future__ import annotations

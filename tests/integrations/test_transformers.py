@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import logging
 
 import pytest
@@ -450,6 +451,26 @@ class TestPrefill:
             found = self.run(tensors, heads, tolerance=None).output
             for head, own in enumerate(mixed):
                 assert torch.equal(found[:, head], alone[own][:, head])
+
+    @pytest.mark.parametrize("costs", [*itertools.permutations((0.1, 0.2, 0.3, 0.4))])
+    @pytest.mark.parametrize("recorded", [False, True])
+    def test_each_head_gives_what_it_gives_alone_in_any_order(self, costs, recorded):
+        """Four heads share keys; in which order they are attended to depends on what they cost."""
+        windows = (5, 9, 17, 33)
+        heads = [
+            HeadPlan(HeadSetting(window=window, sinks=1, columns=2), 0.1, cost)
+            for window, cost in zip(windows, costs, strict=True)
+        ]
+        query, key, value = (
+            x[:, :heads_] for x, heads_ in zip(self.heads(1, 300), (4, 1, 1), strict=True)
+        )
+        query.requires_grad_(recorded)
+        found = self.run((query, key, value), heads, last_rows=9, tolerance=0.7)
+        for number, own in enumerate(heads):
+            tensors = (query[:, number : number + 1], key, value)
+            alone = self.run(tensors, [own], last_rows=9, tolerance=0.7)
+            assert worst(found.output[:, number].detach(), alone.output[:, 0].detach()) <= 1e-5
+            assert found.fallen_back[:, number].tolist() == alone.fallen_back[:, 0].tolist()
 
     def test_the_longest_work_begins_first(self, monkeypatch):
         heads = [

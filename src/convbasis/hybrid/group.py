@@ -17,8 +17,8 @@ from .estimate import error_bound
 from .look import FITTED, Looked
 from .piece import merge
 from .put_down import PutDown, put_down
-from .rows import exact_rows
-from .sampling import sampled_rows, spread_rows
+from .rows import with_gradient
+from .sampling import sampled_rows
 from .scaled_conv import conv_attention
 from .scaled_lowrank import lowrank_far_attention
 from .segments import segment_keys
@@ -143,7 +143,8 @@ def _with_last_rows(
     begin = n - last.shape[1]
     if torch.is_grad_enabled() and output.requires_grad:
         rows = torch.arange(begin, n, device=query.device)
-        return torch.cat([output[:, :begin], exact_rows(query, key, value, rows, scale)], dim=1)
+        known = with_gradient(last, query, key, value, rows, scale)
+        return torch.cat([output[:, :begin], known], dim=1)
     output[:, begin:] = last
     return output
 
@@ -199,7 +200,7 @@ def _near_and_beyond(
     """
     n = query.shape[1]
     size, begin = window.shared, window.begin  # what is beyond begins there
-    last = max(begin, n // size * size)  # whole blocks of queries up to here
+    last = n // size * size  # whole blocks of queries up to here
     edges = sorted({0, *range(begin, last, _STRETCH), last, n})
     ends = [-(-edge // size) for edge in edges[1:]]
     everything: tuple[Tensor, Tensor] | None = None
@@ -309,37 +310,3 @@ def no_estimate(query: Tensor) -> tuple[Tensor, Tensor]:
     """Return the errors of heads where everything is exact."""
     zero = torch.zeros(len(query), dtype=torch.float64, device=query.device)
     return zero, zero
-
-
-def estimate(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    settings: Settings,
-    scale: float,
-    begin: int,
-) -> tuple[Tensor, Tensor, int]:
-    """Return the estimated error of the last rows, its upper bound, and the number of rows it took.
-
-    Args:
-        query: ``(R, m, d)``, of the last m tokens.
-        key: ``(1, n, d)``.
-        value: ``(1, n, d_v)``.
-        output: ``(R, m, d_v)``.
-        settings: number of rows and seed.
-        scale: factor of the logits.
-        begin: the first row that is not exact.
-    """
-    n = key.shape[1]
-    offset = n - query.shape[1]
-    with torch.no_grad():
-        rows = _rows(max(begin, offset), n, 2 * settings.samples, settings.seed, 1).to(query.device)
-        exact = exact_rows(query, key, value, rows, scale, offset)
-        return *error_bound(output, exact, rows, begin, offset), len(rows)
-
-
-def _rows(begin: int, end: int, count: int, seed: int, parity: int) -> Tensor:
-    """Return sampled rows of begin .. end - 1, one at least."""
-    rows = spread_rows(begin, end, count, parity, seed)
-    return rows if len(rows) else torch.tensor([end - 1])

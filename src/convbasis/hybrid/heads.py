@@ -15,7 +15,7 @@ from ..workers import run_all, watched
 from ..workspace import take
 from .exact import attend_exactly
 from .group import Group, attend_group, no_estimate, nothing
-from .look import Look, Looked, first_sampled
+from .look import Look, Looked, first_sampled, in_order
 from .settings import Settings
 from .strict import Running, at_the_start, attend_strictly
 from .window import Window
@@ -148,7 +148,8 @@ def attend_pieces(
     into: Tensor | None = None,
     last_rows: int = 0,
 ) -> tuple[list[Group], list[Running]]:
-    """Return the attention of each piece of work; several run at the same time, in this order.
+    """Return the attention of each piece of work; those of a sequence run at the same time, in this
+    order, one sequence after the other.
 
     Other arguments, and what is returned beside, are those of `attend_heads`. Outputs are written to
     `into` ``(B, H, m, d_v)``, where it is given and no gradient is recorded. The last `last_rows` real
@@ -210,9 +211,11 @@ class _Sequence:
                 begin = first_sampled(window, queries.shape[1])
                 kind = (heads[0] // sharing, begin, settings.samples, settings.seed)
                 alike.setdefault(kind, []).append(number)
+        for numbers in alike.values():  # heads that follow each other are looked at without a copy
+            numbers.sort(key=lambda number: pieces[number].heads)
         looks = [
             Look(
-                queries[_some([head for number in numbers for head in pieces[number].heads])],
+                queries[in_order([head for number in numbers for head in pieces[number].heads])],
                 keys[kind[0], None],
                 values[kind[0], None],
                 [own for number in numbers for own in pieces[number].of_heads()],
@@ -233,7 +236,7 @@ class _Sequence:
         def attend(number: int) -> tuple[Group, Running | None]:
             of_keys = pieces[number].heads[0] // sharing
             known = keys[of_keys, None], values[of_keys, None]
-            own = queries[_some(pieces[number].heads)]
+            own = queries[in_order(pieces[number].heads)]
             return self._attend(pieces[number], own, known, told.get(number), running[number])
 
         return run_all([partial(attend, number) for number in range(len(pieces))], tensors)
@@ -264,7 +267,7 @@ class _Sequence:
         running: Running | None,
     ) -> tuple[Group, Running | None]:
         _, heads, settings = piece
-        members = _some(heads)
+        members = in_order(heads)
         # Without a detour where rows go as they are.
         room = self.into[members] if self.into is not None and isinstance(members, slice) else None
         if room is not None and (
@@ -306,11 +309,6 @@ class _Sequence:
         if self.into is not None:
             self.into[members] = output
         return found._replace(output=output if self.into is None else output[:0], lse=lse), after
-
-
-def _some(heads: list[int]) -> slice | list[int]:
-    """Return heads as a slice where they follow each other."""
-    return slice(heads[0], heads[-1] + 1) if heads[-1] - heads[0] + 1 == len(heads) else heads
 
 
 def _real(row: Tensor) -> Tensor | None:

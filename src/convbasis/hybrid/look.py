@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..kept import kept
-from .piece import merge, piece_attention
-from .sampling import spread_rows
+from .rows import Part, attend_part, in_parts
+from .sampling import some_rows
 from .segments import segment_length
 from .settings import Settings
 from .window import Window
@@ -23,7 +23,7 @@ from .window import Window
 FITTED = ("conv", "lowrank")  # far fields with factors that sampled rows determine
 # Rows for fits, rows for estimates and last rows that go over the keys of the last of them.
 _WEIGHED, _ATTENDED, _LATEST = 16, 32, 64
-_LONGEST_KEPT = 1 << 16  # tokens of a prompt whose masks are kept for the next head
+_LONGEST_KEPT = 1 << 15  # tokens of a prompt whose masks are kept for the next head
 
 
 class Looked(NamedTuple):
@@ -54,19 +54,6 @@ class Looked(NamedTuple):
         return Looked(self.begin, self.fitted, lse, before, whole, self.held, exact, last)
 
 
-class _Part(NamedTuple):
-    """Some rows, and the keys up to the last of them."""
-
-    rows: Tensor
-    """``(s,)``, increasing."""
-    common: int
-    """Keys that all of the rows see, the first ones."""
-    end: int
-    """Keys that the last of them sees."""
-    hidden: Tensor
-    """``(s, end - common)``, -inf for what a row does not see."""
-
-
 class _Edge(NamedTuple):
     """Which keys count in each row of a part."""
 
@@ -86,12 +73,18 @@ def first_sampled(window: Window, n: int) -> int:
     found = max(edge for edge in (0, n // 8, n // 4) if edge <= begin)
     while 2 * begin >= n + found and n - found > 1:
         found = (n + found) // 2
-    return min(found, begin)
+    return found
+
+
+def in_order(heads: list[int]) -> slice | list[int]:
+    """Return what picks heads, in their order: a slice, without a copy, where each follows the last."""
+    every = range(heads[0], heads[0] + len(heads))
+    return slice(every.start, every.stop) if heads == [*every] else heads
 
 
 def rows_for_fits(window: Window, n: int, samples: int, seed: int) -> Tensor:
     """Return the rows from which a head of n tokens is fitted, one at least; nobody writes to them."""
-    return _spread(first_sampled(window, n), n, samples, 0, seed)
+    return some_rows(first_sampled(window, n), n, samples, 0, seed)
 
 
 class Look:
@@ -131,13 +124,16 @@ class Look:
                 length = segment_length(n, own.num_segments) if own.key_weights else 0
                 kinds.setdefault((Window(own.window, own.shared), length), []).append(head)
         self._kinds = [
-            (_some(heads), [_edges(window, size, rows) for size in ((1, length) if length else (1,))])
+            (
+                in_order(heads),
+                [_edges(window, size, rows) for size in ((1, length) if length else (1,))],
+            )
             for (window, length), heads in kinds.items()
         ]
         self._fits = _parts(rows, "fitted") if kinds else []
         self._held = _parts(rows, "held") if estimated else []
         latest = torch.arange(max(0, n - last_rows), n, device=query.device)
-        self._last = _in_parts(latest, _LATEST, query.dtype)
+        self._last = in_parts(latest, _LATEST, query.dtype)
         given = (query, key, value, scale)
         self.jobs: list[Callable[[], Any]] = [
             *(partial(_weigh, *given, part, self._kinds, at) for at, part in enumerate(self._fits)),
@@ -167,12 +163,7 @@ class Look:
         )
 
 
-def _some(heads: list[int]) -> slice | list[int]:
-    """Return heads as a slice where they follow each other."""
-    return slice(heads[0], heads[-1] + 1) if heads[-1] - heads[0] + 1 == len(heads) else heads
-
-
-def _rows_of(parts: Sequence[_Part], device: torch.device) -> Tensor:
+def _rows_of(parts: Sequence[Part], device: torch.device) -> Tensor:
     nothing = torch.empty(0, dtype=torch.int64, device=device)
     return torch.cat([nothing, *(part.rows for part in parts)])
 
@@ -188,29 +179,14 @@ class _Rows(NamedTuple):
     device: torch.device
 
 
-def _in_parts(rows: Tensor, size: int, dtype: torch.dtype) -> list[_Part]:
-    found = []
-    for part in rows.split(size) if len(rows) else ():
-        common, end = int(part[0]) + 1, int(part[-1]) + 1
-        keys = torch.arange(common, end, device=rows.device)
-        hidden = torch.where(keys > part[:, None], -torch.inf, 0.0).to(dtype)
-        found.append(_Part(part, common, end, hidden))
-    return found
-
-
-def _make_parts(rows: _Rows, what: str) -> list[_Part]:
+def _make_parts(rows: _Rows, what: str) -> list[Part]:
     """Return the rows for fits or for estimates, one at least; nobody writes to what they hold."""
     count, parity, size = {
         "fitted": (rows.samples, 0, _WEIGHED),
         "held": (2 * rows.samples, 1, _ATTENDED),
     }[what]
-    own = _spread(rows.begin, rows.n, count, parity, rows.seed)
-    return _in_parts(own.to(rows.device), size, rows.dtype)
-
-
-def _spread(begin: int, n: int, count: int, parity: int, seed: int) -> Tensor:
-    rows = spread_rows(begin, n, count, parity, seed)
-    return rows if len(rows) else torch.tensor([n - 1])
+    own = some_rows(rows.begin, rows.n, count, parity, rows.seed)
+    return in_parts(own.to(rows.device), size, rows.dtype)
 
 
 def _make_edges(window: Window, length: int, rows: _Rows) -> list[_Edge]:
@@ -225,10 +201,11 @@ def _make_edges(window: Window, length: int, rows: _Rows) -> list[_Edge]:
     return found
 
 
-_kept_parts, _kept_edges = kept(16)(_make_parts), kept(32)(_make_edges)
+# Those of a prompt, for its heads and layers.
+_kept_parts, _kept_edges = kept(4)(_make_parts), kept(12)(_make_edges)
 
 
-def _parts(rows: _Rows, what: str) -> list[_Part]:
+def _parts(rows: _Rows, what: str) -> list[Part]:
     return (_kept_parts if rows.n <= _LONGEST_KEPT else _make_parts)(rows, what)
 
 
@@ -242,7 +219,7 @@ def _weigh(
     key: Tensor,
     value: Tensor,
     scale: float,
-    part: _Part,
+    part: Part,
     kinds: Sequence[tuple[slice | list[int], Sequence[Sequence[_Edge]]]],
     place: int,
 ) -> tuple[Tensor, list[list[Tensor]]]:
@@ -270,22 +247,6 @@ def _weigh(
 
 
 @torch.no_grad()
-def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, part: _Part) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, part: Part) -> Tensor:
     """Return attention of some rows, ``(R, s, d_v)``."""
-    own = query[:, part.rows]
-    known = key[None, :, : part.common], value[None, :, : part.common]
-    # All heads as one: each reads these keys.
-    together = piece_attention(own.flatten(0, 1)[None, None], *known, scale)
-    output, lse = (x[0, 0].unflatten(0, own.shape[:2]) for x in together)
-    if part.common < part.end:
-        rest = slice(part.common, part.end)
-        more, more_lse = piece_attention(
-            own[None],
-            key[None, :, rest].expand(-1, len(own), -1, -1),
-            value[None, :, rest].expand(-1, len(own), -1, -1),
-            scale,
-            part.hidden[None, None],
-            (part.rows >= part.common)[None, None],
-        )
-        output, _ = merge(output, lse, more[0], more_lse[0], overwrite=True)
-    return output
+    return attend_part(query, key, value, scale, part)

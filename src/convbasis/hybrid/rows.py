@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,53 @@ from ..workers import share
 from .piece import merge, piece_attention
 
 _TOGETHER = 32  # rows that are computed over the keys of the last of them
+
+
+class Part(NamedTuple):
+    """Some rows, and the keys up to the last of them."""
+
+    rows: Tensor
+    """``(s,)``, increasing."""
+    common: int
+    """Keys that all of the rows see, the first ones."""
+    end: int
+    """Keys that the last of them sees."""
+    hidden: Tensor
+    """``(s, end - common)``, -inf for what a row does not see."""
+
+
+def in_parts(rows: Tensor, size: int, dtype: torch.dtype) -> list[Part]:
+    """Return rows ``(s,)``, increasing, so many at a time."""
+    found = []
+    for part in rows.split(size) if len(rows) else ():
+        common, end = int(part[0]) + 1, int(part[-1]) + 1
+        keys = torch.arange(common, end, device=rows.device)
+        hidden = torch.where(keys > part[:, None], -torch.inf, 0.0).to(dtype)
+        found.append(Part(part, common, end, hidden))
+    return found
+
+
+def attend_part(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, part: Part, offset: int = 0
+) -> Tensor:
+    """Return exact causal attention of some rows, ``(R, s, d_v)``; arguments as of `exact_rows`."""
+    own = query[:, part.rows - offset]
+    # All heads as one: each reads these keys.
+    known = key[None, :, : part.common], value[None, :, : part.common]
+    together = piece_attention(own.flatten(0, 1)[None, None], *known, scale)
+    output, lse = (x[0, 0].unflatten(0, own.shape[:2]) for x in together)
+    if part.common < part.end:
+        rest = slice(part.common, part.end)
+        more, more_lse = piece_attention(
+            own[None],
+            key[None, :, rest].expand(-1, len(own), -1, -1),
+            value[None, :, rest].expand(-1, len(own), -1, -1),
+            scale,
+            part.hidden[None, None],
+            (part.rows >= part.common)[None, None],
+        )
+        output, _ = merge(output, lse, more[0], more_lse[0], overwrite=True)
+    return output
 
 
 def exact_rows(
@@ -28,41 +75,9 @@ def exact_rows(
         scale: factor of the logits.
         offset: position of the first query.
     """
-
-    def attend(part: Tensor) -> Tensor:
-        own = query[:, part - offset]
-        first, end = int(part[0]) + 1, int(part[-1]) + 1
-        # Keys that all of these rows see, and those between the first and the last of them.
-        output, lse = _over(own, key[:, :first], value[:, :first], scale)
-        if first < end:
-            keys = torch.arange(first, end, device=rows.device)
-            hidden = torch.where(keys > part[:, None], -torch.inf, 0.0).to(query.dtype)
-            more = _over(own, key[:, first:end], value[:, first:end], scale, hidden, part >= first)
-            output, _ = merge(output, lse, *more, overwrite=True)
-        return output
-
-    found = share([partial(attend, part) for part in rows.split(_TOGETHER)])
+    parts = in_parts(rows, _TOGETHER, query.dtype)
+    found = share([partial(attend_part, query, key, value, scale, part, offset) for part in parts])
     return found[0] if len(found) == 1 else torch.cat(found, dim=1)
-
-
-def _over(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float,
-    bias: Tensor | None = None,
-    visible: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return attention of rows to some keys, and its log-sum-exp."""
-    output, lse = piece_attention(
-        query[None],
-        key[None],
-        value[None],
-        scale,
-        None if bias is None else bias[None, None],
-        None if visible is None else visible[None, None],
-    )
-    return output[0], lse[0]
 
 
 def with_gradient(

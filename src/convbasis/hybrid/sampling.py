@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -11,8 +10,7 @@ from torch import Tensor
 from ..kept import kept
 
 _PERIOD = 64  # rows after which those for fits repeat
-_MASKED = 16  # rows that are summed together, with a mask between the first and the last of them
-_TOGETHER = 16  # rows that are computed over the keys up to the last of them
+_TOGETHER = 16  # rows that are computed over the keys up to the last of them, and summed together
 
 
 class SampledRows(NamedTuple):
@@ -31,18 +29,13 @@ class SampledRows(NamedTuple):
         `first` increases with the rows.
         """
         found = self.weights.new_zeros((len(self.weights), self.weights.shape[-1]))
-        for own, stops in zip(self.weights.split(_MASKED, dim=1), first.split(_MASKED), strict=True):
-            _add_before(own, stops, found)
+        for own, stops in zip(self.weights.split(_TOGETHER, 1), first.split(_TOGETHER), strict=True):
+            least, most = (max(0, int(stop)) for stop in (stops[0], stops[-1]))
+            found[:, :least] += own[..., :least].sum(1)
+            # Only where some of the rows end there is a mask: it would cost more than the sums.
+            keys = torch.arange(least, most, device=first.device)
+            found[:, least:most] += own[..., least:most].where(keys < stops[:, None], 0.0).sum(1)
         return found
-
-
-def _add_before(weights: Tensor, first: Tensor, mass: Tensor) -> None:
-    """Add the weights ``(R, s, n)`` of keys before first ``(s,)`` to a mass ``(R, ≥ n)``."""
-    least, most = (max(0, int(stop)) for stop in (first[0], first[-1]))
-    mass[:, :least] += weights[..., :least].sum(1)
-    # Only where some of the rows end there is a mask: it would cost more than the sums.
-    keys = torch.arange(least, most, device=first.device)
-    mass[:, least:most] += weights[..., least:most].where(keys < first[:, None], 0.0).sum(1)
 
 
 def own_rows(rows: Tensor, parity: int, seed: int) -> Tensor:
@@ -75,6 +68,12 @@ def spread_rows(begin: int, end: int, count: int, parity: int, seed: int) -> Ten
     return rows[(rows >= begin) & (rows < end)].unique()
 
 
+def some_rows(begin: int, end: int, count: int, parity: int, seed: int) -> Tensor:
+    """Return `spread_rows`, the last row where there would be none."""
+    rows = spread_rows(begin, end, count, parity, seed)
+    return rows if len(rows) else torch.tensor([end - 1])
+
+
 def sampled_rows(
     query: Tensor, key: Tensor, rows: Tensor, scale: float, offset: int = 0
 ) -> SampledRows:
@@ -90,25 +89,16 @@ def sampled_rows(
     weights = query.new_zeros((len(query), len(rows), key.shape[1]))
     lse = query.new_empty(weights.shape[:2])
     low = 0
-    for part in _parts(query, key, rows, scale, offset):
-        high = low + len(part.rows)
-        weights[:, low:high, : part.weights.shape[-1]] = part.weights
-        lse[:, low:high] = part.lse
-        low = high
-    return SampledRows(rows, weights, lse)
-
-
-def _parts(
-    query: Tensor, key: Tensor, rows: Tensor, scale: float, offset: int
-) -> Iterator[SampledRows]:
-    """Yield some rows at a time, with the keys up to the last of them."""
     for part in rows.split(_TOGETHER):
-        end = int(part[-1]) + 1
+        high, end = low + len(part), int(part[-1]) + 1
         own = query.index_select(1, part - offset).flatten(0, 1) * scale
         logits = (own @ key[0, :end].t()).unflatten(0, (-1, len(part)))
         first = int(part[0])  # what follows a row
         later = torch.arange(first, end, device=key.device) > part[:, None]
         logits[..., first:].masked_fill_(later, -torch.inf)
         # The exponential by itself is very slow on processors where it is too small for the dtype.
-        weights = logits.softmax(-1)
-        yield SampledRows(part, weights, logits.amax(-1) - weights.amax(-1).log())
+        found = logits.softmax(-1)
+        weights[:, low:high, :end] = found
+        lse[:, low:high] = logits.amax(-1) - found.amax(-1).log()
+        low = high
+    return SampledRows(rows, weights, lse)

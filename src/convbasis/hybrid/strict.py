@@ -14,16 +14,17 @@ from torch import Tensor
 
 from .beyond import attention_beyond
 from .columns import column_attention
+from .estimate import error_bound
 from .group import (
     Group,
     blocks_before,
-    estimate,
     keys_beyond,
     lengthened,
     no_estimate,
 )
 from .piece import merge
-from .sampling import own_rows, sampled_rows
+from .rows import exact_rows
+from .sampling import own_rows, sampled_rows, some_rows
 from .selection import heaviest, heavy_blocks
 from .settings import Settings
 from .window import BLOCK, Window, window_attention
@@ -102,7 +103,7 @@ def attend_strictly(
     output, lse = _merged(output, lse, pieces, offset)
     mean, bound = no_estimate(query)
     if estimated and n > window.begin:
-        mean, bound, held = estimate(query, key, value, output, settings, scale, window.begin)
+        mean, bound, held = _estimate(query, key, value, output, settings, scale, window.begin)
         rows += held
     per_query = min(n, settings.window) + keys / m
     kept = min(n // STRETCH * STRETCH, max(0, n // BLOCK - 1) * BLOCK)
@@ -194,3 +195,31 @@ def _stretch_rows(begin: int, settings: Settings, device: torch.device) -> Tenso
     count = max(1, min(settings.samples // _SHARE, STRETCH // 2))
     places = torch.randperm(STRETCH // 2, generator=generator)[:count].sort().values
     return own_rows(begin + 2 * places, 0, settings.seed).to(device)
+
+
+def _estimate(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    settings: Settings,
+    scale: float,
+    begin: int,
+) -> tuple[Tensor, Tensor, int]:
+    """Return the estimated error of the last rows, its upper bound, and the number of rows it took.
+
+    Args:
+        query: ``(R, m, d)``, of the last m tokens.
+        key: ``(1, n, d)``.
+        value: ``(1, n, d_v)``.
+        output: ``(R, m, d_v)``.
+        settings: number of rows and seed.
+        scale: factor of the logits.
+        begin: the first row that is not exact.
+    """
+    n = key.shape[1]
+    offset = n - query.shape[1]
+    with torch.no_grad():
+        rows = some_rows(max(begin, offset), n, 2 * settings.samples, 1, settings.seed).to(query.device)
+        exact = exact_rows(query, key, value, rows, scale, offset)
+        return *error_bound(output, exact, rows, begin, offset), len(rows)

@@ -11,7 +11,7 @@ from ..kept import kept
 from .piece import piece_attention
 
 BLOCK = 64  # tokens of a block of keys
-QUERIES = 128  # queries that share what they see before their windows
+QUERIES = 128  # queries that choose blocks of keys together
 _KEPT = 1 << 17  # entries of a mask of rows that is kept for the next head
 
 
