@@ -292,7 +292,7 @@ def test_ctrl_c_while_times_are_measured(run, fail, words, tmp_path, monkeypatch
 
     def stop(*inputs, **options):
         calls.append(inputs)
-        if len(calls) == 20:
+        if len(calls) == 8:
             raise KeyboardInterrupt
         return steady(*inputs, **options)
 

@@ -52,7 +52,7 @@ def test_a_plan_states_every_head_and_holds_to_the_tolerance(model, ids, monkeyp
     monkeypatch.setattr("convbasis.plan.ladder._seconds", seconds)
     loose = cb.calibrate(model, ids, tolerance=10.0, budget=None, ladder=LADDER)
     assert loose.approximated == 12
-    assert (loose.calibrated_length, loose.min_length, loose.tolerance) == (600, 529, 10.0)
+    assert (loose.calibrated_length, loose.min_length, loose.tolerance) == (600, 554, 10.0)
     assert all(head.cost == 0.5 and head.error <= 10.0 for layer in loose.heads for head in layer)
     tight = cb.calibrate(model, ids, tolerance=1e-6, ladder=LADDER)
     assert tight.approximated == 0
@@ -96,8 +96,9 @@ def test_heads_share_a_budget(model, ids, monkeypatch, tmp_path):
     assert cb.calibrate(model, ids, **options).predicted_kl <= 0.002
 
 
-def test_the_crossover_is_that_of_all_heads_together():
+def test_the_crossover_is_that_of_all_heads_together(monkeypatch):
     """A setting that never pays for itself, one that does from 2,048 on, and exact heads."""
+    monkeypatch.setattr(calibrate, "_WORTH_IT", 0.9)
     costs = Costs([1024, 2048, 4096], [[1.5, 0.8], [0.7, 0.4], [0.5, 0.2]])
     one, two, exact = HeadPlan(LADDER[0]), HeadPlan(LADDER[1]), HeadPlan(None)
     for heads, shortest in [

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as _exact
 
 from ..hybrid import HybridStats, hybrid_attention_stats
+from ..hybrid.window import BLOCK
 from ..timing import seconds_on
 from .settings import ConcreteSetting, HeadSetting, Size
 
@@ -17,7 +18,8 @@ from .settings import ConcreteSetting, HeadSetting, Size
 def default_ladder(length: int) -> tuple[HeadSetting, ...]:
     """Return the settings that calibration tries, for prompts of about `length` tokens.
 
-    Windows and columns grow with the square root of the prompt, blocks too.
+    Windows and columns grow with the square root of the prompt, blocks too. Settings whose windows hold
+    all of such a prompt, of less than some 1,100 tokens, are left out, but for the first.
     """
 
     def tokens(count: int) -> Size:
@@ -32,7 +34,7 @@ def default_ladder(length: int) -> tuple[HeadSetting, ...]:
         return HeadSetting(tokens(window), 4, columns, number(blocks) if blocks else 0, **others)
 
     segments: dict[str, Any] = {"far_field": "segments", "key_weights": True}
-    return (
+    least, *others = (
         setting(128),
         setting(256),
         setting(320, **segments),
@@ -40,6 +42,7 @@ def default_ladder(length: int) -> tuple[HeadSetting, ...]:
         setting(960, **segments),
         setting(192, 3, correction=True),
     )
+    return least, *(own for own in others if own.at(length).window + 2 * BLOCK < length)
 
 
 class Measured(NamedTuple):
