@@ -5,7 +5,7 @@ import torch
 from oracle import gen, qkv
 
 import convbasis as cb
-from convbasis.hybrid.estimate import error_bound
+from convbasis.hybrid.estimate import error_bound, judged
 from convbasis.hybrid.sampling import own_rows, spread_rows
 from convbasis.integrations.capture import capture_layers
 from convbasis.integrations.smollm2 import sample_text, token_ids
@@ -265,3 +265,28 @@ def test_real_heads_are_close_where_more_is_exact(layers):
     plain = cb.conv_basis_attention(*inputs, num_bases=32, scale=layer.scale, enable_gqa=True)
     expected = exact(*inputs, layer.scale)
     assert few < (plain - expected).norm() / expected.norm()
+
+
+class TestJudged:
+    """What the estimate is made of may be known from before."""
+
+    def output(self):
+        return torch.randn(3, 200, 8, generator=torch.Generator().manual_seed(4))
+
+    @pytest.mark.parametrize(("begin", "offset"), [(0, 0), (40, 0), (40, 30), (40, 60)])
+    def test_known_squares_change_nothing(self, begin, offset):
+        output, rows = self.output(), torch.tensor([70, 101, 180])
+        known = output.double().square().sum((1, 2))
+        found = judged(output, rows, begin, offset, known)
+        expected = judged(output, rows, begin, offset)
+        split = max(0, begin - offset)
+        assert found.rows == expected.rows == 200 - split
+        assert torch.equal(found.own, output[:, rows - offset])
+        for own in (found, expected):
+            assert torch.allclose(own.near, output[:, :split].double().square().sum((1, 2)), rtol=1e-6)
+            assert torch.allclose(own.far, output[:, split:].double().square().sum((1, 2)), rtol=1e-6)
+
+    def test_norms_beyond_the_dtype_bound_nothing(self):
+        output = self.output() * 1e25
+        _, bound = error_bound(output, output[:, 50:80], torch.arange(50, 80), 40)
+        assert not bool((bound <= 1e9).any())

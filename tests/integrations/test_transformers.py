@@ -393,7 +393,8 @@ class TestPrefill:
         def judged(query, key, value, pieces, *args, **options):
             found, after = compute(query, key, value, pieces, *args, **options)
             for place, (b, heads, _) in enumerate(pieces):
-                found[place] = found[place]._replace(bound=torch.full((len(heads),), bound(b, heads)))
+                bounds = torch.tensor([float(bound(b, head)) for head in heads])
+                found[place] = found[place]._replace(bound=bounds)
             return found, after
 
         monkeypatch.setattr(prefill, "attend_pieces", judged)
@@ -426,7 +427,7 @@ class TestPrefill:
         mask = None if side is None else padded(ids(50, 2), side)[1].bool()
         without = self.run(tensors, plan, padding=mask, tolerance=None)
         assert not without.fallen_back.any()
-        self.judge(monkeypatch, lambda b, heads: 0.2 * (b == 1) * (heads == [2]))
+        self.judge(monkeypatch, lambda b, head: 0.2 * (b == 1) * (head == 2))
         found = self.run(tensors, plan, padding=mask)
         assert found.fallen_back.nonzero().tolist() == [[1, 2]]
         real = torch.ones(50, dtype=torch.bool) if mask is None else mask[1]
@@ -438,7 +439,7 @@ class TestPrefill:
         assert torch.equal(found.output[kept], without.output[kept])
 
     def test_an_estimate_that_is_not_a_number_falls_back(self, monkeypatch):
-        self.judge(monkeypatch, lambda b, heads: float("nan"))
+        self.judge(monkeypatch, lambda b, head: float("nan"))
         found = self.run(self.heads(), plan_for(build(), LITTLE).heads[0])
         assert found.fallen_back.all()
 
@@ -472,20 +473,29 @@ class TestPrefill:
             assert worst(found.output[:, number].detach(), alone.output[:, 0].detach()) <= 1e-5
             assert found.fallen_back[:, number].tolist() == alone.fallen_back[:, 0].tolist()
 
-    def test_the_longest_work_begins_first(self, monkeypatch):
+    @pytest.mark.parametrize(
+        ("windows", "expected"),
+        [
+            ((5, 9, 17, 33), [[2], [0], [3], [1]]),
+            ((5, 5, 5, 9), [[0, 1], [2], [3]]),
+            ((5,) * 4, [[2, 3], [0, 1]]),
+        ],
+    )
+    def test_the_longest_work_begins_first(self, windows, expected, monkeypatch):
+        """Heads that share a key and a setting are one piece of work."""
         heads = [
-            dataclasses.replace(head, cost=cost)
-            for head, cost in zip(plan_for(build(), LITTLE).heads[0], (0.3, 0.1, 0.4, 0.2), strict=True)
+            HeadPlan(HeadSetting(window=window, sinks=1, columns=2), 0.1, cost)
+            for window, cost in zip(windows, (0.3, 0.15, 0.4, 0.2), strict=True)
         ]
         compute, order = prefill.attend_pieces, []
 
         def seen(query, key, value, pieces, *args, **options):
-            order.extend(head for _, (head,), settings in pieces if settings is not None)
+            order.extend(heads for _, heads, settings in pieces if settings is not None)
             return compute(query, key, value, pieces, *args, **options)
 
         monkeypatch.setattr(prefill, "attend_pieces", seen)
         self.run(self.heads(batch=1), heads)
-        assert order == [2, 0, 3, 1]
+        assert order == expected
 
 
 GROWING = HeadSetting(Size(16, 100, 1.0), 2, Size(2, 100, 1.0))

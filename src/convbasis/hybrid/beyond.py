@@ -7,12 +7,13 @@ gathered for each (chosen blocks of keys). What one block of queries does not se
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..workers import watched
+from ..workers import share, watched
 from ..workspace import take
 from .piece import piece_attention
 
@@ -29,6 +30,10 @@ class Shared(NamedTuple):
     """``(R, p, d_v)``."""
     bias: Tensor
     """``(R, c, p)``."""
+
+    def of(self, heads: slice) -> Shared:
+        """Return the keys of some of the heads."""
+        return Shared(self.key[heads], self.value[heads], self.bias[heads])
 
     def stretches(self, ends: Sequence[int]) -> list[Shared]:
         """Return for each stretch of blocks of queries, up to these ends, the keys that it may see."""
@@ -82,15 +87,18 @@ def attention_beyond(
         bias = _joined([x.bias for x in shared], 2).transpose(0, 1)[:, :, None]
         output, lse = piece_attention(queries.transpose(0, 1), key, value, scale, bias)
         return output.transpose(0, 1).flatten(1, 2), lse.transpose(0, 1).flatten(1, 2)
-    found = [
-        _of_head(
-            queries[head],
-            [Shared(*(tensor[head] for tensor in x)) for x in shared],
-            [_own(x, head) for x in gathered],
-            scale,
-        )
-        for head in range(heads)
-    ]
+    found = share(
+        [
+            partial(
+                _of_head,
+                queries[head],
+                [Shared(*(tensor[head] for tensor in x)) for x in shared],
+                [_own(x, head) for x in gathered],
+                scale,
+            )
+            for head in range(heads)
+        ]
+    )
     outputs, sums = ([part.flatten(0, 1) for part in parts] for parts in zip(*found, strict=True))
     if heads == 1:
         return outputs[0][None], sums[0][None]

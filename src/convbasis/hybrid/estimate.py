@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +18,25 @@ _GROWTH = 0.36
 # however small the error of the whole: a few rows that look for something far away may be all that a
 # prompt is about.
 _SHARE, _PART = 0.05, 0.5
+
+
+class Judged(NamedTuple):
+    """What estimates want to know of the outputs of R heads."""
+
+    own: Tensor
+    """``(R, s, d_v)``, the sampled rows."""
+    near: Tensor
+    """``(R,)`` float64, the square of the norm of the rows that are exact."""
+    far: Tensor
+    """``(R,)`` float64, the same of all others."""
+    rows: int
+    """How many others there are."""
+
+    @classmethod
+    def joined(cls, parts: Sequence[Judged]) -> Judged:
+        """Return several as one, of heads with the same sampled rows."""
+        own, near, far = (torch.cat(each) for each in list(zip(*parts, strict=True))[:3])
+        return cls(own, near, far, parts[0].rows)
 
 
 def error_bound(
@@ -32,18 +53,41 @@ def error_bound(
         begin: rows before this one are exact.
         offset: the first row of the output.
     """
-    exact = exact.double()
-    own = output[:, rows - offset].double()
+    return bound_of(judged(output, rows, begin, offset), exact)
+
+
+def judged(
+    output: Tensor, rows: Tensor, begin: int, offset: int = 0, squares: Tensor | None = None
+) -> Judged:
+    """Return what `error_bound` wants to know of outputs; arguments as there.
+
+    `squares` ``(R,)`` float64 are those of the norms of all rows, where they are known.
+    """
+    near = max(0, begin - offset)  # exact rows
+    before = _square(output[:, :near])
+    far = _square(output[:, near:]) if squares is None else (squares - before).clamp(min=0.0)
+    return Judged(output[:, rows - offset], before, far, output.shape[1] - near)
+
+
+def _square(output: Tensor) -> Tensor:
+    # By rows, which may lie apart: all at once takes many times as long then.
+    return torch.linalg.vector_norm(output, dim=-1).double().square().sum(-1)
+
+
+def bound_of(found: Judged, exact: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the estimates and bounds of heads ``(R,)`` from what is known of their outputs, see
+    `error_bound`.
+    """
+    exact, own = exact.double(), found.own.double()
     error = (own - exact).square().sum(-1)  # (R, s)
     count = error.shape[-1]
     # How large the exact output is: our own, as much larger as the sampled rows tell, and no more than
     # they tell by themselves, lest rows in which ours is next to nothing hide the error.
     large = exact.square().sum((-1, -2))
-    squares = torch.linalg.vector_norm(output, dim=-1).double().square()
-    near = max(0, begin - offset)  # exact rows
-    far = output.shape[1] - near
-    grown = squares[:, near:].sum(-1) * (large / own.square().sum((-1, -2)).clamp(min=1e-300))
-    size = squares[:, :near].sum(-1) + torch.fmin(grown, large * (far / count))
+    far = found.rows
+    grown = found.far * (large / own.square().sum((-1, -2)).clamp(min=1e-300))
+    size = found.near + torch.fmin(grown, large * (far / count))
+    size = size.masked_fill(size == torch.inf, torch.nan)  # too large for its dtype: nothing is known
     mean = error.mean(-1)
     deviation = error.std(-1) if count > 1 else mean
     scale = far / size.clamp(min=1e-300)

@@ -13,7 +13,7 @@ from ..workers import share
 from .beyond import Gathered, Shared, attention_beyond
 from .columns import column_attention, column_keys
 from .correction import corrected
-from .estimate import error_bound
+from .estimate import Judged, judged
 from .look import FITTED, Looked
 from .piece import merge
 from .put_down import PutDown, put_down
@@ -38,7 +38,7 @@ class Group(NamedTuple):
     lse: Tensor
     """``(R, m)``."""
     mean: Tensor
-    """``(R,)``, the estimated error."""
+    """``(R,)``, the estimated error; 0 before it is estimated."""
     bound: Tensor
     """``(R,)``, its upper bound."""
     parts: tuple[str, ...]
@@ -47,6 +47,8 @@ class Group(NamedTuple):
     """Keys of a query, in the mean."""
     rows: int
     """Sampled rows."""
+    judged: Judged | None = None
+    """What the estimate is to be made of; None for none."""
 
 
 class Beyond(NamedTuple):
@@ -92,9 +94,10 @@ def attend_group(
     parts = ["window"]
     keys = float(min(n, settings.window))
     begin = window.begin
-    rows = put_down(query, key, value, into)
+    changed = settings.correction or settings.far_field in FITTED  # after it is put down
+    rows = put_down(query, key, value, into, measured=estimated and not changed)
     if looked is None:
-        rows.put(0, *window_attention(query, key, value, window, 0, scale))
+        _near_and_columns(rows, query, key, value, window, None, scale)
         output, lse = rows.all()
         return Group(output, lse, *no_estimate(query), tuple(parts), keys, 0)
     columns = heaviest(looked.before, n, settings.sinks, settings.columns)
@@ -106,13 +109,10 @@ def attend_group(
         parts += beyond.parts
         keys += beyond.keys
     else:
-        output, lse = window_attention(query, key, value, window, 0, scale)
+        _near_and_columns(rows, query, key, value, window, columns, scale)
         if columns.shape[-1]:
-            far = column_attention(query, key, value, columns, window, scale)
-            output, lse = merge(output, lse, *far, overwrite=True)
             parts.append("columns")
             keys += columns.shape[-1]
-        rows.put(0, output, lse)
     output, lse = rows.all()
     if settings.far_field in FITTED:
         with torch.no_grad():
@@ -121,18 +121,40 @@ def attend_group(
         far = _FAR[settings.far_field](query, key, value, seen, window, scale, fitted)
         output, lse = merge(output, lse, *far, overwrite=True)
         parts.append(settings.far_field)
-    mean, bound = no_estimate(query)
+    found = None
     if settings.correction:
         output, more_rows = corrected(query, key, value, output, begin, scale, settings.seed, known)
         count += more_rows
         parts.append("correction")
     if estimated:
         with torch.no_grad():
-            mean, bound = error_bound(output, looked.exact, looked.held, looked.begin)
+            found = judged(output, looked.held, looked.begin, squares=rows.squares())
         count += len(looked.held)
     if last_rows:
         output = _with_last_rows(query, key, value, output, scale, looked.last)
-    return Group(output, lse, mean, bound, tuple(parts), float(keys), count)
+    return Group(output, lse, *no_estimate(query), tuple(parts), float(keys), count, found)
+
+
+def _near_and_columns(
+    rows: PutDown,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: Window,
+    columns: Tensor | None,
+    scale: float,
+) -> None:
+    """Put down attention to windows of one length for all queries, and to columns before them."""
+
+    def attend(heads: slice) -> None:
+        own = query[heads]
+        output, lse = window_attention(own, key, value, window, 0, scale)
+        if columns is not None and columns.shape[-1]:
+            far = column_attention(own, key, value, columns[heads], window, scale)
+            output, lse = merge(output, lse, *far, overwrite=True)
+        rows.put(0, output, lse, heads)
+
+    share([partial(attend, heads) for heads in rows.apart])
 
 
 def _with_last_rows(
@@ -209,23 +231,24 @@ def _near_and_beyond(
         whole = lengthened(query, ends[-1] * size)
         everything = attention_beyond(whole, size, beyond.shared, beyond.gathered, scale)
     elif beyond.shared:
-        of_each = (x.stretches(ends) for x in beyond.shared)
-        stretches = [list(own) for own in zip(*of_each, strict=True)]
+        of_parts = (x.stretches(ends) for x in beyond.shared)
+        stretches = [list(own) for own in zip(*of_parts, strict=True)]
 
-    def attend(low: int, high: int, shared: list[Shared]) -> None:
-        own = query[:, low:high]
+    def attend(heads: slice, low: int, high: int, shared: list[Shared]) -> None:
+        own = query[heads, low:high]
         output, lse = window_attention(own, key[:, :high], value[:, :high], window, low, scale)
         if low >= begin and everything is not None:
-            more = (part[:, low:high] for part in everything)
+            more = (part[heads, low:high] for part in everything)
             output, lse = merge(output, lse, *more, overwrite=True)
         elif low >= begin and shared:
             own = lengthened(own, -(-(high - low) // size) * size)
-            found = attention_beyond(own, size, shared, [], scale)
+            found = attention_beyond(own, size, [x.of(heads) for x in shared], [], scale)
             more = (part[:, : high - low] for part in found)
             output, lse = merge(output, lse, *more, overwrite=True)
-        rows.put(low, output, lse)
+        rows.put(low, output, lse, heads)
 
-    share([partial(attend, *own) for own in zip(edges, edges[1:], stretches, strict=False)])
+    of_each = list(zip(edges, edges[1:], stretches, strict=False))
+    share([partial(attend, heads, *own) for heads in rows.apart for own in of_each])
 
 
 def nothing(query: Tensor, value: Tensor) -> Group:

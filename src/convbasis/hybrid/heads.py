@@ -13,6 +13,7 @@ from torch import Tensor
 from ..checks import compute_dtype
 from ..workers import run_all, watched
 from ..workspace import take
+from .estimate import Judged, bound_of
 from .exact import attend_exactly
 from .group import Group, attend_group, no_estimate, nothing
 from .look import Look, Looked, first_sampled, in_order
@@ -20,6 +21,7 @@ from .settings import Settings
 from .strict import Running, at_the_start, attend_strictly
 from .window import Window
 
+_TOGETHER = 4  # heads of one piece of work
 _OF_HEADS = ("output", "lse", "mean", "bound")  # what a group knows of each of its heads
 
 
@@ -124,16 +126,19 @@ def pieces_of_work(
 ) -> list[Together]:
     """Return the heads of a sequence, each with what shares its work; those without settings left out.
 
-    An accelerator takes heads that share keys and settings at once; on a processor each is by itself.
+    Heads that share keys and settings are one piece, on a processor a few of them at a time.
     """
-    if query.device.type == "cpu":
-        return [Together(sequence, [head], own) for head, own in enumerate(settings) if own is not None]
     sharing = query.shape[1] // key.shape[1]
-    found: dict[tuple[int, Settings], list[int]] = {}
+    most = _TOGETHER if query.device.type == "cpu" else sharing
+    alike: dict[tuple[int, Settings], list[int]] = {}
     for head, own in enumerate(settings):
         if own is not None:
-            found.setdefault((head // sharing, own), []).append(head)
-    return [Together(sequence, heads, own) for (_, own), heads in found.items()]
+            alike.setdefault((head // sharing, own), []).append(head)
+    return [
+        Together(sequence, heads[low : low + most], own)
+        for (_, own), heads in alike.items()
+        for low in range(0, len(heads), most)
+    ]
 
 
 def attend_pieces(
@@ -239,7 +244,28 @@ class _Sequence:
             own = queries[in_order(pieces[number].heads)]
             return self._attend(pieces[number], own, known, told.get(number), running[number])
 
-        return run_all([partial(attend, number) for number in range(len(pieces))], tensors)
+        groups = run_all([partial(attend, number) for number in range(len(pieces))], tensors)
+        return self._judge(groups, told)
+
+    @torch.no_grad()
+    def _judge(
+        self, groups: list[tuple[Group, Running | None]], told: dict[int, Looked]
+    ) -> list[tuple[Group, Running | None]]:
+        """Return the groups with the estimates of their errors: heads that were looked at in the same
+        rows are judged at once."""
+        alike: dict[tuple[int, int], list[int]] = {}
+        for number, looked in told.items():
+            if groups[number][0].judged is not None:
+                alike.setdefault((looked.begin, len(looked.held)), []).append(number)
+        for numbers in alike.values():
+            known = [groups[number][0].judged for number in numbers]
+            together = Judged.joined([each for each in known if each is not None])
+            found = bound_of(together, torch.cat([told[number].exact for number in numbers]))
+            parts = (x.split([len(told[number].exact) for number in numbers]) for x in found)
+            for number, mean, bound in zip(numbers, *parts, strict=True):
+                group, after = groups[number]
+                groups[number] = group._replace(mean=mean, bound=bound, judged=None), after
+        return groups
 
     def _own(self, name: str, tensor: Tensor) -> Tensor:
         """Return real tokens ``(H, n, ·)``: a model's heads lie between each other's, and after one

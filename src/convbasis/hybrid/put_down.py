@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,53 +12,89 @@ from torch import Tensor
 class PutDown(ABC):
     """Output and log-sum-exp of R heads, put down some rows at a time."""
 
-    @abstractmethod
-    def put(self, low: int, output: Tensor, lse: Tensor) -> None:
-        """Put down the rows from `low` on, ``(R, m, d_v)`` and ``(R, m)``.
+    def __init__(self, heads: int, device: torch.device, measured: bool) -> None:
+        """Make room for so many heads; `measured` says that squares are wanted."""
+        self._heads = heads
+        self._norms: list[tuple[int, int, Tensor]] | None = [] if measured else None
+        one_by_one = device.type == "cpu"
+        self.apart = [slice(head, head + 1) for head in range(heads)] if one_by_one else [slice(None)]
+        """Heads of which rows may be put down by themselves, in order: an accelerator takes all at
+        once, of a processor's threads each takes one."""
+
+    def put(self, low: int, output: Tensor, lse: Tensor, heads: slice = slice(None)) -> None:
+        """Put down the rows of some heads from `low` on, ``(R, m, d_v)`` and ``(R, m)``.
 
         Where rows are joined, they come in order; else they may come from several threads.
         """
+        if self._norms is not None:
+            norms = torch.linalg.vector_norm(output.detach(), dim=(1, 2))
+            self._norms.append((heads.start or 0, low, norms))
+        self._keep(low, output, lse, heads)
+
+    @abstractmethod
+    def _keep(self, low: int, output: Tensor, lse: Tensor, heads: slice) -> None:
+        """Keep what is put down."""
 
     @abstractmethod
     def all(self) -> tuple[Tensor, Tensor]:
         """Return all rows, ``(R, n, d_v)`` and ``(R, n)``."""
 
+    def squares(self) -> Tensor | None:
+        """Return the square of the norm of each head's output ``(R,)`` float64, if it was measured: as
+        rows were put down, which are in the processor's caches then."""
+        if self._norms is None:
+            return None
+        found = sorted(self._norms, key=lambda own: own[:2])  # threads end in any order
+        places = [first + head for first, _, norms in found for head in range(len(norms))]
+        squares = torch.cat([norms for *_, norms in found]).double().square()
+        total = squares.new_zeros(self._heads)
+        return total.index_add_(0, torch.tensor(places, device=squares.device), squares)
 
-def put_down(query: Tensor, key: Tensor, value: Tensor, into: Tensor | None) -> PutDown:
-    """Return where rows of attention go: to `into` ``(R, n, d_v)``, or to memory of their own."""
+
+def put_down(
+    query: Tensor, key: Tensor, value: Tensor, into: Tensor | None, measured: bool = False
+) -> PutDown:
+    """Return where rows of attention go: to `into` ``(R, n, d_v)``, or to memory of their own.
+
+    `measured` says that squares are wanted.
+    """
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
-        return _Joined()
-    return _InPlace(query, value, into)
+        return _Joined(len(query), query.device, measured)
+    return _InPlace(query, value, into, measured)
 
 
 class _Joined(PutDown):
     """Rows that are joined in the end."""
 
-    def __init__(self) -> None:
-        self._outputs: list[Tensor] = []
-        self._sums: list[Tensor] = []
+    def __init__(self, heads: int, device: torch.device, measured: bool) -> None:
+        super().__init__(heads, device, measured)
+        self._rows: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
-    def put(self, low: int, output: Tensor, lse: Tensor) -> None:
-        self._outputs.append(output)
-        self._sums.append(lse)
+    def _keep(self, low: int, output: Tensor, lse: Tensor, heads: slice) -> None:
+        self._rows.setdefault(heads.start or 0, []).append((output, lse))
 
     def all(self) -> tuple[Tensor, Tensor]:
-        if len(self._outputs) == 1:
-            return self._outputs[0], self._sums[0]
-        return torch.cat(self._outputs, dim=1), torch.cat(self._sums, dim=1)
+        of_heads = [list(zip(*rows, strict=True)) for rows in self._rows.values()]
+        outputs, sums = zip(*((_joined(x, 1), _joined(y, 1)) for x, y in of_heads), strict=True)
+        return _joined(outputs, 0), _joined(sums, 0)
+
+
+def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)
 
 
 class _InPlace(PutDown):
     """Rows that are written where they belong."""
 
-    def __init__(self, query: Tensor, value: Tensor, into: Tensor | None) -> None:
+    def __init__(self, query: Tensor, value: Tensor, into: Tensor | None, measured: bool) -> None:
+        super().__init__(len(query), query.device, measured)
         shape = query.shape[:2]
         self._output = value.new_empty((*shape, value.shape[-1])) if into is None else into
         self._lse = query.new_empty(shape)
 
-    def put(self, low: int, output: Tensor, lse: Tensor) -> None:
-        self._output[:, low : low + output.shape[1]] = output
-        self._lse[:, low : low + lse.shape[1]] = lse
+    def _keep(self, low: int, output: Tensor, lse: Tensor, heads: slice) -> None:
+        self._output[heads, low : low + output.shape[1]] = output
+        self._lse[heads, low : low + lse.shape[1]] = lse
 
     def all(self) -> tuple[Tensor, Tensor]:
         return self._output, self._lse

@@ -74,7 +74,7 @@ def planned_prefill(
                 alone = [head for head, own in enumerate(settings[length]) if own is None]
                 pieces += [Together(b, [head], None) for head in alone]
     # The longest first: then all threads end at about the same time.
-    pieces.sort(key=lambda piece: -heads[piece.heads[0]].cost * len(piece.heads))
+    pieces.sort(key=lambda piece: -sum(heads[head].cost for head in piece.heads))
     # As the model wants it in the end: by token, then by head.
     empty = query.new_empty if padding is None else query.new_zeros
     output = empty(batch, n, count, value.shape[-1]).transpose(1, 2)
