@@ -78,14 +78,14 @@ def bound_of(found: Judged, exact: Tensor) -> tuple[Tensor, Tensor]:
     """Return the estimates and bounds of heads ``(R,)`` from what is known of their outputs, see
     `error_bound`.
     """
-    exact, own = exact.double(), found.own.double()
-    error = (own - exact).square().sum(-1)  # (R, s)
+    norms, own = (torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64) for x in (exact, found.own))
+    error = (found.own.double() - exact).square().sum(-1)  # (R, s)
     count = error.shape[-1]
     # How large the exact output is: our own, as much larger as the sampled rows tell, and no more than
     # they tell by themselves, lest rows in which ours is next to nothing hide the error.
-    large = exact.square().sum((-1, -2))
+    large = norms.square().sum(-1)
     far = found.rows
-    grown = found.far * (large / own.square().sum((-1, -2)).clamp(min=1e-300))
+    grown = found.far * (large / own.square().sum(-1).clamp(min=1e-300))
     size = found.near + torch.fmin(grown, large * (far / count))
     size = size.masked_fill(size == torch.inf, torch.nan)  # too large for its dtype: nothing is known
     mean = error.mean(-1)
@@ -94,7 +94,7 @@ def bound_of(found: Judged, exact: Tensor) -> tuple[Tensor, Tensor]:
     width = _STANDARD_ERRORS * max(1.0, _ROWS / count) ** _GROWTH
     bound = mean + width * deviation / count**0.5
     bound = (bound * scale).sqrt()
-    of_rows = _exceeded_by_few(error.sqrt(), torch.linalg.vector_norm(exact, dim=-1))
+    of_rows = _exceeded_by_few(error.sqrt(), norms)
     return (mean * scale).sqrt(), torch.where(of_rows > _PART, bound.fmax(of_rows), bound)
 
 
