@@ -4,8 +4,10 @@ import pytest
 import torch
 from oracle import qkv
 
+import convbasis as cb
 from convbasis.hybrid.exact import attend_exactly
-from convbasis.hybrid.look import Look, first_sampled, rows_for_fits
+from convbasis.hybrid.heads import pieces_of_work
+from convbasis.hybrid.look import Look, first_sampled, in_order, rows_for_fits
 from convbasis.hybrid.segments import segment_length
 from convbasis.hybrid.settings import Settings
 from convbasis.hybrid.window import Window
@@ -116,3 +118,70 @@ def test_exact_heads_in_stretches(n, heads):
     assert torch.allclose(output.double(), logits.softmax(-1) @ double[2], atol=1e-5)
     assert torch.equal(room[:heads], output)
     assert bool((room[heads] == 7.0).all())
+
+
+class TestInOrder:
+    """Heads are picked without a copy where that is possible, and always in their order."""
+
+    @pytest.mark.parametrize("heads", [[0], [3], [1, 2], [0, 2], [0, 2, 4], [1, 2, 3], [0, 3]])
+    def test_evenly_spaced_heads_are_a_view(self, heads):
+        every = torch.arange(5)
+        picked = every[in_order(heads)]
+        assert picked.tolist() == heads
+        assert picked.untyped_storage().data_ptr() == every.untyped_storage().data_ptr()
+
+    @pytest.mark.parametrize("heads", [[2, 1], [0, 1, 3], [0, 2, 3], [1, 1], [3, 0, 1]])
+    def test_others_are_picked_one_by_one(self, heads):
+        assert torch.arange(5)[in_order(heads)].tolist() == heads
+
+
+class TestPieces:
+    """Which heads are worked on together does not change what they give."""
+
+    def heads(self):
+        torch.manual_seed(0)
+        return torch.randn(1, 8, 5000, 16), torch.randn(1, 2, 5000, 16), torch.randn(1, 2, 5000, 16)
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"columns": 9},
+            {"columns": 9, "blocks": 2, "correction": True},
+            {"columns": 9, "far_field": "segments", "key_weights": True},
+            {"columns": 9, "blocks": 2, "far_field": "segments"},
+            {"columns": 0, "sinks": 0},
+        ],
+    )
+    def test_any_number_of_threads_gives_the_same(self, options):
+        tensors, found = self.heads(), []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(
+                cb.hybrid_attention_stats(*tensors, window=100, enable_gqa=True, seed=2, **options)
+            )
+        for other in found[1:]:
+            for name in ("output", "lse", "error_estimate", "error_mean"):
+                assert torch.allclose(
+                    getattr(other, name), getattr(found[0], name), rtol=1e-5, atol=1e-6
+                )
+            assert other.dispatch.parts == found[0].dispatch.parts
+            assert other.dispatch.keys_per_query == pytest.approx(found[0].dispatch.keys_per_query)
+
+    @pytest.mark.parametrize(
+        ("options", "threads", "sizes"),
+        [
+            ({}, 1, [4, 4]),
+            ({}, 2, [4, 4]),
+            ({}, 3, [2, 2, 2, 2]),
+            ({}, 16, [1] * 8),
+            ({"strict": True}, 2, [1] * 8),
+            ({"far_field": "conv"}, 2, [1] * 8),
+        ],
+    )
+    def test_each_thread_has_one(self, options, threads, sizes):
+        query, key, _ = self.heads()
+        own = settings(30)._replace(**options)
+        torch.set_num_threads(threads)
+        pieces = pieces_of_work(query, key, 0, [own] * 8)
+        assert [len(piece.heads) for piece in pieces] == sizes
+        assert [head for piece in pieces for head in piece.heads] == [*range(8)]

@@ -256,6 +256,15 @@ class TestChunks:
         assert (lse - whole.lse).abs().max() < 1e-10
         assert state.length == N
 
+    @pytest.mark.parametrize("counts", [(1, 2, 3), (4, 1, 2)])
+    def test_each_chunk_may_have_other_threads(self, counts):
+        query, key, value = inputs = qkv(N, heads=4, kv_heads=2, d=8)
+        state, parts = cb.HybridState(enable_gqa=True, **EVERYTHING), []
+        for threads, begin, end in zip(counts, (0, 400, 700), (400, 700, N), strict=True):
+            torch.set_num_threads(threads)
+            parts.append(state.attend(query[:, :, begin:end], key[:, :, :end], value[:, :, :end]))
+        assert_close(strictly(inputs, **EVERYTHING).output, torch.cat(parts, 2), whole=1e-12, row=1e-10)
+
     @pytest.mark.parametrize("options", [PLAIN, EVERYTHING], ids=str)
     def test_token_by_token(self, options):
         query, key, value = inputs = qkv(N, d=8, dtype=torch.float32)

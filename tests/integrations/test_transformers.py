@@ -474,15 +474,17 @@ class TestPrefill:
             assert found.fallen_back[:, number].tolist() == alone.fallen_back[:, 0].tolist()
 
     @pytest.mark.parametrize(
-        ("windows", "expected"),
+        ("windows", "threads", "expected"),
         [
-            ((5, 9, 17, 33), [[2], [0], [3], [1]]),
-            ((5, 5, 5, 9), [[0, 1], [2], [3]]),
-            ((5,) * 4, [[2, 3], [0, 1]]),
+            ((5, 9, 17, 33), 2, [[2], [0], [3], [1]]),
+            ((5, 5, 5, 9), 2, [[0, 1], [2], [3]]),
+            ((5, 5, 5, 5), 2, [[2, 3], [0, 1]]),
+            ((5, 5, 5, 5), 1, [[2, 3], [0, 1]]),
+            ((5, 5, 5, 5), 4, [[2], [0], [3], [1]]),
         ],
     )
-    def test_the_longest_work_begins_first(self, windows, expected, monkeypatch):
-        """Heads that share a key and a setting are one piece of work."""
+    def test_the_longest_work_begins_first(self, windows, threads, expected, monkeypatch):
+        """Heads that share a key and a setting are one piece of work; each thread has one."""
         heads = [
             HeadPlan(HeadSetting(window=window, sinks=1, columns=2), 0.1, cost)
             for window, cost in zip(windows, (0.3, 0.15, 0.4, 0.2), strict=True)
@@ -494,7 +496,12 @@ class TestPrefill:
             return compute(query, key, value, pieces, *args, **options)
 
         monkeypatch.setattr(prefill, "attend_pieces", seen)
-        self.run(self.heads(batch=1), heads)
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            self.run(self.heads(batch=1), heads)
+        finally:
+            torch.set_num_threads(before)
         assert order == expected
 
 

@@ -1,4 +1,4 @@
-"""Attention of the query heads that share one key-value head."""
+"""Attention of query heads that share a key-value head and settings."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _FAR = {"conv": conv_attention, "lowrank": lowrank_far_attention}
 
 
 class Group(NamedTuple):
-    """Attention of the R heads of one key-value head."""
+    """Attention of R heads of one key-value head."""
 
     output: Tensor
     """``(R, m, d_v)``."""
@@ -95,7 +95,8 @@ def attend_group(
     keys = float(min(n, settings.window))
     begin = window.begin
     changed = settings.correction or settings.far_field in FITTED  # after it is put down
-    rows = put_down(query, key, value, into, measured=estimated and not changed)
+    measured = estimated and looked is not None and not changed
+    rows = put_down(query, key, value, into, measured)
     if looked is None:
         _near_and_columns(rows, query, key, value, window, None, scale)
         output, lse = rows.all()

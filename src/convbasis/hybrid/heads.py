@@ -1,4 +1,4 @@
-"""All heads of a batch, each for itself, and what is known about the result."""
+"""All heads of a batch, in pieces of work, and what is known about the result."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ..workspace import take
 from .estimate import Judged, bound_of
 from .exact import attend_exactly
 from .group import Group, attend_group, no_estimate, nothing
-from .look import Look, Looked, first_sampled, in_order
+from .look import FITTED, Look, Looked, first_sampled, in_order
 from .settings import Settings
 from .strict import Running, at_the_start, attend_strictly
 from .window import Window
 
-_TOGETHER = 4  # heads of one piece of work
+_TOGETHER = 4  # heads of one piece of work on a processor, at most
 _OF_HEADS = ("output", "lse", "mean", "bound")  # what a group knows of each of its heads
 
 
@@ -107,7 +107,8 @@ def attend_heads(
     ran = [group for group in groups if group.parts]
     dispatch = HybridDispatch(
         tuple(dict.fromkeys(part for group in ran for part in group.parts)),
-        sum(group.keys for group in ran) / max(1, len(ran)),
+        sum(group.keys * len(group.lse) for group in ran)
+        / max(1, sum(len(group.lse) for group in ran)),
         max((group.rows for group in ran), default=0),
     )
     of_batch = (batch, heads)
@@ -126,19 +127,24 @@ def pieces_of_work(
 ) -> list[Together]:
     """Return the heads of a sequence, each with what shares its work; those without settings left out.
 
-    Heads that share keys and settings are one piece, on a processor a few of them at a time.
+    Heads that share keys and settings are one piece. On a processor these are few heads, so that there
+    is a piece for each thread, and one head where its work is not dealt out among threads: where
+    choices are strict, and where a far field holds numbers for each of its keys and samples.
     """
     sharing = query.shape[1] // key.shape[1]
-    most = _TOGETHER if query.device.type == "cpu" else sharing
+    few = max(1, min(_TOGETHER, sum(map(bool, settings)) // torch.get_num_threads()))
     alike: dict[tuple[int, Settings], list[int]] = {}
     for head, own in enumerate(settings):
         if own is not None:
             alike.setdefault((head // sharing, own), []).append(head)
-    return [
-        Together(sequence, heads[low : low + most], own)
-        for (_, own), heads in alike.items()
-        for low in range(0, len(heads), most)
-    ]
+    found: list[Together] = []
+    for (_, own), heads in alike.items():
+        most = sharing
+        if query.device.type == "cpu":
+            most = 1 if own.strict or own.far_field in FITTED else few
+        parts = (heads[low : low + most] for low in range(0, len(heads), most))
+        found.extend(Together(sequence, part, own) for part in parts)
+    return found
 
 
 def attend_pieces(

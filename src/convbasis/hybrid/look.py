@@ -77,9 +77,12 @@ def first_sampled(window: Window, n: int) -> int:
 
 
 def in_order(heads: list[int]) -> slice | list[int]:
-    """Return what picks heads, in their order: a slice, without a copy, where each follows the last."""
-    every = range(heads[0], heads[0] + len(heads))
-    return slice(every.start, every.stop) if heads == [*every] else heads
+    """Return what picks heads, in their order: a slice, without a copy, if they are evenly spaced."""
+    step = heads[1] - heads[0] if len(heads) > 1 else 1
+    if step < 1:
+        return heads
+    every = range(heads[0], heads[-1] + 1, step)
+    return slice(every.start, every.stop, step) if heads == [*every] else heads
 
 
 def rows_for_fits(window: Window, n: int, samples: int, seed: int) -> Tensor:

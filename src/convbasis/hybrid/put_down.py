@@ -14,7 +14,6 @@ class PutDown(ABC):
 
     def __init__(self, heads: int, device: torch.device, measured: bool) -> None:
         """Make room for so many heads; `measured` says that squares are wanted."""
-        self._heads = heads
         self._norms: list[tuple[int, int, Tensor]] | None = [] if measured else None
         one_by_one = device.type == "cpu"
         self.apart = [slice(head, head + 1) for head in range(heads)] if one_by_one else [slice(None)]
@@ -44,11 +43,12 @@ class PutDown(ABC):
         rows were put down, which are in the processor's caches then."""
         if self._norms is None:
             return None
-        found = sorted(self._norms, key=lambda own: own[:2])  # threads end in any order
-        places = [first + head for first, _, norms in found for head in range(len(norms))]
-        squares = torch.cat([norms for *_, norms in found]).double().square()
-        total = squares.new_zeros(self._heads)
-        return total.index_add_(0, torch.tensor(places, device=squares.device), squares)
+        in_turn = sorted(self._norms, key=lambda own: own[:2])  # threads end in any order
+        of_heads = [
+            torch.stack([norms for first, _, norms in in_turn if first == (heads.start or 0)])
+            for heads in self.apart
+        ]
+        return torch.cat([norms.double().square().sum(0) for norms in of_heads])
 
 
 def put_down(

@@ -35,7 +35,7 @@ _SHARE = 8
 
 
 class Running(NamedTuple):
-    """What the choices of later tokens are made from, of the R heads of one key-value head."""
+    """What the choices of later tokens are made from, of R heads of one key-value head."""
 
     mass: Tensor
     """``(R, s·512)``, weights of keys before the windows of sampled rows of whole stretches."""
