@@ -152,7 +152,7 @@ class TestPieces:
             {"columns": 0, "sinks": 0},
         ],
     )
-    def test_any_number_of_threads_gives_the_same(self, options):
+    def test_any_number_of_threads_gives_the_same_bits(self, options):
         tensors, found = self.heads(), []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)

@@ -80,7 +80,8 @@ def segment_keys(
         """Return the weighted means over runs of keys, ``(R, runs, ·)``."""
         own = weights[:, :stop].unflatten(1, (-1, length))
         share = own / own.sum(-1, keepdim=True).clamp(min=torch.finfo(own.dtype).tiny)
-        return torch.einsum("rsl,sld->rsd", share, tensor[0, :stop].unflatten(0, (-1, length)))
+        runs = tensor[0, :stop].unflatten(0, (-1, length))
+        return _each([torch.einsum("rsl,sld->rsd", head[None], runs) for head in share])
 
     # How many keys of each block a block of queries sees here.
     by_block = numbers.unflatten(1, (total, BLOCK)).sum(-1)
@@ -140,8 +141,16 @@ def _corrections(
     whole = torch.nn.functional.pad(weighing.whole, (0, max(0, stop - weighing.whole.shape[-1])))
     exact = whole[:, :stop].masked_fill(seen[:, :stop], 0.0).unflatten(-1, (segments, length)).sum(-1)
     numbers = (~seen[:, :stop]).unflatten(1, (segments, length)).sum(-1).to(exact.dtype)
-    logits = query.index_select(1, rows) @ keys.mT * scale + numbers.log()[:, None]
+    own = query.index_select(1, rows)
+    logits = _each([x[None] @ y.mT[None] for x, y in zip(own, keys, strict=True)])
+    logits = logits * scale + numbers.log()[:, None]
     model = (logits - weighing.lse[..., None]).exp() * open_to
     tiny = torch.finfo(exact.dtype).tiny
     found = exact.clamp(min=tiny).log() - model.sum(1).clamp(min=tiny).log()
     return found.masked_fill(~open_to.any(0), 0.0).detach().clamp(-10.0, 10.0)
+
+
+def _each(heads: list[Tensor]) -> Tensor:
+    """Return heads together whose products were taken one by one: all at once they would be rounded in
+    another way, and a head's result depend on those beside it."""
+    return heads[0] if len(heads) == 1 else torch.cat(heads)
