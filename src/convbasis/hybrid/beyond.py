@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..workers import share, watched
 from ..workspace import take
+from .joined import joined
 from .piece import piece_attention
 
 # Entries of gathered keys and values at a time: they stay in the processor's caches.
@@ -81,10 +82,10 @@ def attention_beyond(
     queries = query.unflatten(1, (count, size))
     if not gathered:
         key, value = (
-            _joined(parts, 1)[None].expand(count, -1, -1, -1)
+            joined(parts, 1)[None].expand(count, -1, -1, -1)
             for parts in ([x.key for x in shared], [x.value for x in shared])
         )
-        bias = _joined([x.bias for x in shared], 2).transpose(0, 1)[:, :, None]
+        bias = joined([x.bias for x in shared], 2).transpose(0, 1)[:, :, None]
         output, lse = piece_attention(queries.transpose(0, 1), key, value, scale, bias)
         return output.transpose(0, 1).flatten(1, 2), lse.transpose(0, 1).flatten(1, 2)
     found = share(
@@ -149,10 +150,10 @@ def _of_head(
             biases.append(x.bias[part, : each * x.key.shape[1]])
         output, lse = piece_attention(
             query[part, None],
-            _joined(keys, 1)[:, None],
-            _joined(values, 1)[:, None],
+            joined(keys, 1)[:, None],
+            joined(values, 1)[:, None],
             scale,
-            _joined(biases, 1)[:, None, None],
+            joined(biases, 1)[:, None, None],
         )
         outputs.index_copy_(0, part, output[:, 0])
         sums.index_copy_(0, part, lse[:, 0])
@@ -170,13 +171,13 @@ def _with_shared(shared: list[Shared], gathered: Gathered) -> Gathered:
     fill = more * span - number
 
     def pooled(name: str, own: Tensor, parts: list[Tensor]) -> Tensor:
-        joined = torch.nn.functional.pad(_joined(parts, 0), (0, 0, 0, fill))
-        both = [own, joined.unflatten(0, (more, span))]
+        together = torch.nn.functional.pad(joined(parts, 0), (0, 0, 0, fill))
+        both = [own, together.unflatten(0, (more, span))]
         return torch.cat(both, out=_room(name, own, pool + more))
 
     count = len(gathered.taken)
     first = torch.arange(pool, pool + more, device=gathered.taken.device).expand(count, -1)
-    bias = torch.nn.functional.pad(_joined([x.bias for x in shared], 1), (0, fill), value=-torch.inf)
+    bias = torch.nn.functional.pad(joined([x.bias for x in shared], 1), (0, fill), value=-torch.inf)
     counts = gathered.counts
     return Gathered(
         pooled("key pool", gathered.key, [x.key for x in shared]),
@@ -198,7 +199,3 @@ def _room(name: str, pool: Tensor, count: int) -> Tensor | None:
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or watched():
         return None
     return take(f"hybrid {name}", (count, *pool.shape[1:]), pool.dtype, pool.device)
-
-
-def _joined(parts: list[Tensor], dim: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)

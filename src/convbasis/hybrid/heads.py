@@ -16,6 +16,7 @@ from ..workspace import take
 from .estimate import Judged, bound_of
 from .exact import attend_exactly
 from .group import Group, attend_group, no_estimate, nothing
+from .joined import joined
 from .look import FITTED, Look, Looked, first_sampled, in_order
 from .settings import Settings
 from .strict import Running, at_the_start, attend_strictly
@@ -101,8 +102,7 @@ def attend_heads(
     into = None if recorded else query.new_empty((*query.shape[:3], value.shape[-1]))
     groups, after = attend_pieces(query, key, value, pieces, scale, mask, estimated, running, into)
     output, lse, mean, bound = (
-        parts[0] if len(parts) == 1 else torch.cat(parts)
-        for parts in ([getattr(group, name) for group in groups] for name in _OF_HEADS)
+        joined(parts) for parts in ([getattr(group, name) for group in groups] for name in _OF_HEADS)
     )
     ran = [group for group in groups if group.parts]
     dispatch = HybridDispatch(

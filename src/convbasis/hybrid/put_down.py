@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from .joined import joined
 
 
 class PutDown(ABC):
@@ -75,12 +76,8 @@ class _Joined(PutDown):
 
     def all(self) -> tuple[Tensor, Tensor]:
         of_heads = [list(zip(*rows, strict=True)) for rows in self._rows.values()]
-        outputs, sums = zip(*((_joined(x, 1), _joined(y, 1)) for x, y in of_heads), strict=True)
-        return _joined(outputs, 0), _joined(sums, 0)
-
-
-def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)
+        outputs, sums = zip(*((joined(x, 1), joined(y, 1)) for x, y in of_heads), strict=True)
+        return joined(outputs, 0), joined(sums, 0)
 
 
 class _InPlace(PutDown):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..transforms import final
 from ..workers import share
+from .joined import joined
 from .piece import merge, piece_attention
 
 _TOGETHER = 32  # rows that are computed over the keys of the last of them
@@ -76,8 +77,9 @@ def exact_rows(
         offset: position of the first query.
     """
     parts = in_parts(rows, _TOGETHER, query.dtype)
-    found = share([partial(attend_part, query, key, value, scale, part, offset) for part in parts])
-    return found[0] if len(found) == 1 else torch.cat(found, dim=1)
+    return joined(
+        share([partial(attend_part, query, key, value, scale, part, offset) for part in parts]), 1
+    )
 
 
 def with_gradient(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .beyond import Gathered, Shared
+from .joined import joined
 from .window import BLOCK, Window
 
 
@@ -81,7 +82,8 @@ def segment_keys(
         own = weights[:, :stop].unflatten(1, (-1, length))
         share = own / own.sum(-1, keepdim=True).clamp(min=torch.finfo(own.dtype).tiny)
         runs = tensor[0, :stop].unflatten(0, (-1, length))
-        return _each([torch.einsum("rsl,sld->rsd", head[None], runs) for head in share])
+        # Head by head: all at once they would be rounded in another way, and depend on each other.
+        return joined([torch.einsum("rsl,sld->rsd", head[None], runs) for head in share])
 
     # How many keys of each block a block of queries sees here.
     by_block = numbers.unflatten(1, (total, BLOCK)).sum(-1)
@@ -142,15 +144,9 @@ def _corrections(
     exact = whole[:, :stop].masked_fill(seen[:, :stop], 0.0).unflatten(-1, (segments, length)).sum(-1)
     numbers = (~seen[:, :stop]).unflatten(1, (segments, length)).sum(-1).to(exact.dtype)
     own = query.index_select(1, rows)
-    logits = _each([x[None] @ y.mT[None] for x, y in zip(own, keys, strict=True)])
+    logits = joined([x[None] @ y.mT[None] for x, y in zip(own, keys, strict=True)])
     logits = logits * scale + numbers.log()[:, None]
     model = (logits - weighing.lse[..., None]).exp() * open_to
     tiny = torch.finfo(exact.dtype).tiny
     found = exact.clamp(min=tiny).log() - model.sum(1).clamp(min=tiny).log()
     return found.masked_fill(~open_to.any(0), 0.0).detach().clamp(-10.0, 10.0)
-
-
-def _each(heads: list[Tensor]) -> Tensor:
-    """Return heads together whose products were taken one by one: all at once they would be rounded in
-    another way, and a head's result depend on those beside it."""
-    return heads[0] if len(heads) == 1 else torch.cat(heads)

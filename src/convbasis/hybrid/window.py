@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..kept import kept
+from .joined import joined
 from .piece import piece_attention
 
 BLOCK = 64  # tokens of a block of keys
@@ -90,9 +91,7 @@ def window_attention(
         *_rows(query, key, value, window, offset, (last, end), scale),
     ]
     outputs, sums = zip(*parts, strict=True)
-    if len(parts) == 1:
-        return outputs[0], sums[0]
-    return torch.cat(outputs, dim=1), torch.cat(sums, dim=1)
+    return joined(outputs, 1), joined(sums, 1)
 
 
 def _hidden(window: Window, rows: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
