@@ -50,7 +50,7 @@ from convbasis.integrations.compare import run_prompt, timed_attention
 from convbasis.integrations.planned import fallbacks_by_head
 from convbasis.integrations.smollm2 import load_smollm2, sample_text, token_ids
 from convbasis.plan import HeadPlan, HeadSetting, Plan
-from convbasis.plan.choice import choose
+from convbasis.plan.choice import chance_beyond, choose
 from convbasis.plan.ladder import Measured, default_ladder, measure, measure_costs
 from convbasis.report.figures import pareto_figure
 from convbasis.storage import save_text
@@ -178,7 +178,8 @@ def replanned(options: argparse.Namespace, plan: Plan, budget: float | None, far
         [steps[index] for index in used],
         options.margin * plan.tolerance,
         budget,
-        kept["sensitivities"],
+        kept["effects"],
+        fallback=plan.tolerance,
     )
     return dataclasses.replace(plan, heads=chosen.heads, predicted_kl=chosen.predicted_kl)
 
@@ -316,7 +317,7 @@ def bounds(options: argparse.Namespace) -> None:
     loaded = load_smollm2()
     ladder = default_ladder(options.length)
     plan = Plan.load(plan_file(options))
-    rows, worst = [], []
+    rows, worst, changes = [], [], []
     print("| text | setting | bound holds | bound / error, median |\n|---|---|---|---|", flush=True)
     for text, content in texts(options.text, prose=True).items():
         if options.kinds and text not in options.kinds:
@@ -339,6 +340,7 @@ def bounds(options: argparse.Namespace) -> None:
             rows.append(row)
             found = f"{row['holds']:.1%} | {row['ratio']:.2f}"
             print(f"| {text} | {row['setting']} | {found} |", flush=True)
+            changes += _changes(options, plan, index, own) if text != "prose" else []
         worst.append({"text": text, **_errors_of_plan(plan, ladder, measured)})
     print(
         f"| all | all | {statistics.fmean(row['holds'] for row in rows):.1%} "
@@ -351,7 +353,45 @@ def bounds(options: argparse.Namespace) -> None:
             f"| {row['text']} | {row['kept']} | {row['median']:.3f} | {row['worst']:.3f} "
             f"| {row['layer']}, {row['head']} |"
         )
-    _save(options.folder / "pretrained-bounds.json", rows, of_plan=worst)
+    beyond = _table_of_changes(changes, plan.tolerance)
+    _save(options.folder / "pretrained-bounds.json", rows, of_plan=worst, changes=beyond)
+
+
+def _changes(
+    options: argparse.Namespace, plan: Plan, setting: int, bounds: list[float]
+) -> list[tuple[float, float]]:
+    """The bounds of all heads with one setting in the text of the calibration, and here."""
+    if not measured_file(options).is_file():
+        return []
+    kept = json.loads(measured_file(options).read_text(encoding="utf-8"))["measured"]
+    layers = range(plan.model.layers)
+    before = [bound for layer in layers for bound in kept[f"0.{layer}"]["bounds"][setting]]
+    return list(zip(before, bounds, strict=True))
+
+
+def _table_of_changes(changes: list[tuple[float, float]], tolerance: float) -> dict[str, Any]:
+    """How bounds change from the text of the calibration to the others, and how often they exceed the
+    tolerance there: found, and as the choice of settings takes it."""
+    logs = [math.log(after / before) for before, after in changes if before > 0 < after]
+    if len(logs) < 2:
+        return {}
+    mean, deviation = statistics.fmean(logs), statistics.stdev(logs)
+    print(
+        f"\nlog(bound / bound in the calibration): mean {mean:.2f}, standard deviation {deviation:.2f}"
+    )
+    print("\n| bound in the calibration | heads | beyond the tolerance | expected |\n|---|---|---|---|")
+    rows = []
+    for low, high in itertools.pairwise(step * tolerance / 10 for step in range(11)):
+        own = [(before, after) for before, after in changes if low < before <= high]
+        if own:
+            found = statistics.fmean(after > tolerance for _, after in own)
+            expected = statistics.fmean(
+                float(chance_beyond(torch.tensor(before, dtype=torch.float64), tolerance))
+                for before, _ in own
+            )
+            print(f"| {low:.2f} to {high:.2f} | {len(own)} | {found:.1%} | {expected:.1%} |")
+            rows.append([low, high, len(own), found, expected])
+    return {"mean": mean, "deviation": deviation, "rows": rows}
 
 
 def _errors_of_plan(

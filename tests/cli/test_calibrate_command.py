@@ -81,7 +81,10 @@ def test_every_option_changes_the_plan(run, words, tmp_path, text):
     assert base == plan("--tolerance", 0.9)
     assert plan("--tolerance", 1e-9, *longer).approximated == 0
     worst = max(head.error for head in heads(base))
-    assert plan("--tolerance", 1.0001 * worst, "--margin", 1).approximated == 8
+    assert plan("--tolerance", 2 * worst, "--margin", 1).approximated == 8
+    assert plan("--tolerance", 2 * worst, "--margin", 0.4).approximated < 8
+    # So near the tolerance it would be beyond it in many a prompt.
+    assert plan("--tolerance", 1.0001 * worst, "--margin", 1).approximated < 8
     small = plan("--tolerance", 1.0001 * worst, "--margin", 0.01)
     assert max(head.error for head in heads(small)) <= 0.01 * small.tolerance < worst
     free = plan("--tolerance", 0.9, "--budget", 1e9)
@@ -90,7 +93,8 @@ def test_every_option_changes_the_plan(run, words, tmp_path, text):
     spared = plan("--tolerance", 0.9, "--budget", 0.5 * free.predicted_kl)
     assert spared.heads != base.heads
     assert spared.predicted_kl <= 0.5 * free.predicted_kl
-    assert plan("--tolerance", 0.9, "--budget", 0, *longer).approximated == 0
+    spared = plan("--tolerance", 0.9, "--budget", 0, *longer).heads
+    assert all(head.setting is None for head in spared[0])  # a last layer reaches no later token
     assert plan("--tolerance", 0.9, "--length", 300).calibrated_length == 300
     errors = [head.error for head in heads(plan("--tolerance", 0.9, "--seed", 5))]
     assert errors != [head.error for head in heads(base)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from convbasis.plan import HeadSetting
-from convbasis.plan.choice import choose
+from convbasis.plan.choice import chance_beyond, choose
 from convbasis.plan.ladder import Measured, default_ladder, measure, measure_costs
 
 LADDER = (HeadSetting(window=64), HeadSetting(window=128), HeadSetting(window=256))
@@ -65,6 +65,35 @@ def test_a_budget_goes_to_the_heads_that_matter():
     assert kept.heads[0][0].setting == LADDER[1]
     assert kept.predicted_kl == pytest.approx(0.02**2)
     assert choose([[layer]], costs, LADDER, 0.1).predicted_kl is None
+
+
+def test_what_falls_back_easily_costs_more():
+    # Cheap settings within the limit, the second head's so near it that it would often be exceeded.
+    layer = measured([0.01, 0.09], [0.01, 0.03], [0.01, 0.01])
+    costs = [0.2, 0.4, 0.9]
+    never = choose([[layer]], costs, LADDER, 0.1)
+    assert [head.setting for head in never.heads[0]] == [LADDER[0], LADDER[0]]
+    often = choose([[layer]], costs, LADDER, 0.1, fallback=0.1)
+    assert [head.setting for head in often.heads[0]] == [LADDER[0], LADDER[1]]
+    assert [head.cost for head in often.heads[0]] == [0.2, 0.4]  # what they cost where they stay
+    # Nothing is chosen that will mostly be computed twice.
+    layer = measured([0.099], [0.099], [0.099])
+    assert choose([[layer]], [0.5, 0.6, 0.9], LADDER, 0.1, fallback=0.1).heads[0][0].setting is None
+    assert (
+        choose([[layer]], [0.5, 0.6, 0.9], LADDER, 0.1, fallback=1.0).heads[0][0].setting == LADDER[0]
+    )
+    # Nor does it make a setting allowed that is not.
+    assert choose([[layer]], [0.5, 0.6, 0.9], LADDER, 0.09, fallback=1.0).heads[0][0].setting is None
+
+
+def test_the_chance_to_fall_back_grows_with_the_bound():
+    bounds = torch.tensor([0.0, 0.02, 0.1, 0.2, 0.4, 4.0], dtype=torch.float64)
+    found = chance_beyond(bounds, 0.4)
+    assert found.tolist() == sorted(found.tolist())
+    assert float(found[0]) == 0.0
+    assert 0.5 < float(found[4]) < 0.65  # the limit itself, and errors elsewhere are somewhat larger
+    assert float(found[-1]) > 0.999
+    assert torch.allclose(chance_beyond(bounds / 4, 0.1), found)
 
 
 def test_measuring_a_ladder_finds_errors_and_their_bounds():

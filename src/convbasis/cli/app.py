@@ -165,7 +165,7 @@ def calibrate(
     ] = 0.6,
     budget: Annotated[
         float, typer.Option(metavar="KL", help="Nats that all heads may add up to; inf for any.")
-    ] = 0.002,
+    ] = 0.001,
     seed: Seed = 0,
     json_output: Json = None,
     page: Page = None,

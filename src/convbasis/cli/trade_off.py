@@ -21,7 +21,7 @@ def trade_off_chart(found: Calibration) -> Chart:
     own = place_of(found.plan.heads, found.plan.predicted_kl)
     given = found.measured, found.costs
     settings = one_setting_for_all(*given, found.sensitivities)
-    chosen = choices(*given, found.ladder, found.allowed, found.sensitivities)
+    chosen = choices(*given, found.ladder, found.allowed, found.sensitivities, found.plan.tolerance)
     by = "tolerance" if found.sensitivities is None else "budget"
     return Chart(
         title="Error against cost",

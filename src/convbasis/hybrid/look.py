@@ -34,7 +34,7 @@ class Looked(NamedTuple):
     fitted: Tensor
     """``(s,)`` rows for fits, increasing; none if no head needs them."""
     lse: Tensor
-    """``(R, s)``, of the rows for fits."""
+    """``(R, s)``, of the rows for fits; none if no key weights are wanted."""
     before: Tensor
     """``(R, n)``, weights of keys, summed over the rows for fits that have them before their window."""
     whole: Tensor
@@ -138,8 +138,12 @@ class Look:
         latest = torch.arange(max(0, n - last_rows), n, device=query.device)
         self._last = in_parts(latest, _LATEST, query.dtype)
         given = (query, key, value, scale)
+        weighed = any(own.key_weights for own in settings)
         self.jobs: list[Callable[[], Any]] = [
-            *(partial(_weigh, *given, part, self._kinds, at) for at, part in enumerate(self._fits)),
+            *(
+                partial(_weigh, query, key, scale, part, self._kinds, at, weighed)
+                for at, part in enumerate(self._fits)
+            ),
             *(partial(_attend, *given, part) for part in (*self._held, *self._last)),
         ]
         """Functions without arguments."""
@@ -189,7 +193,7 @@ def _make_parts(rows: _Rows, what: str) -> list[Part]:
         "held": (2 * rows.samples, 1, _ATTENDED),
     }[what]
     own = some_rows(rows.begin, rows.n, count, parity, rows.seed)
-    return in_parts(own.to(rows.device), size, rows.dtype)
+    return in_parts(own.to(rows.device), size, rows.dtype, masked=what == "held")
 
 
 def _make_edges(window: Window, length: int, rows: _Rows) -> list[_Edge]:
@@ -220,30 +224,30 @@ def _edges(window: Window, length: int, rows: _Rows) -> list[_Edge]:
 def _weigh(
     query: Tensor,
     key: Tensor,
-    value: Tensor,
     scale: float,
     part: Part,
     kinds: Sequence[tuple[slice | list[int], Sequence[Sequence[_Edge]]]],
     place: int,
+    weighed: bool,
 ) -> tuple[Tensor, list[list[Tensor]]]:
-    """Return the log-sum-exp ``(R, s)`` of some rows, and for each kind of head and edge the weights of
-    the keys ``(heads, ·)`` that count, summed over the rows.
+    """Return the log-sum-exp ``(R, s)`` of some rows, ``(R, 0)`` if it is not wanted, and for each kind
+    of head and edge the weights of the keys ``(heads, ·)`` that count, summed over the rows.
     """
     own = (query[:, part.rows] * scale).flatten(0, 1)
     logits = (own @ key[0, : part.end].t()).unflatten(0, (len(query), -1))
     logits[..., part.common :] += part.hidden
     # The exponential by itself is very slow on processors where it is too small for the dtype.
     weights = logits.softmax(-1)
-    lse = logits.amax(-1) - weights.amax(-1).log()
-    found = []
+    lse = logits.amax(-1) - weights.amax(-1).log() if weighed else logits[..., 0, :0]
+    total, found = weights.sum(1), []
     for members, edges in kinds:
         of_kind = []
         for edge in edges:
             low, high, counted = edge[place]
-            seen = weights[members, :, :high]
-            mass = seen.sum(1)
+            mass = total[members, :low]
             if low < high:
-                mass[:, low:] = (seen[..., low:] * counted).sum(1)
+                rest = (weights[members, :, low:high] * counted).sum(1)
+                mass = torch.cat([mass, rest], dim=1)
             of_kind.append(mass)
         found.append(of_kind)
     return lse, found

@@ -22,18 +22,26 @@ class Part(NamedTuple):
     rows: Tensor
     """``(s,)``, increasing."""
     common: int
-    """Keys that all of the rows see, the first ones."""
+    """First keys that all of the rows see, and that are computed apart from the others; 0 for none."""
     end: int
     """Keys that the last of them sees."""
     hidden: Tensor
     """``(s, end - common)``, -inf for what a row does not see."""
 
 
-def in_parts(rows: Tensor, size: int, dtype: torch.dtype) -> list[Part]:
-    """Return rows ``(s,)``, increasing, so many at a time."""
+def in_parts(rows: Tensor, size: int, dtype: torch.dtype, *, masked: bool = False) -> list[Part]:
+    """Return rows ``(s,)``, increasing, so many at a time.
+
+    Args:
+        rows: numbers.
+        size: rows of a part.
+        dtype: of masks.
+        masked: whether keys that all rows of a part see have a mask like the others: fewer operators,
+            and more to read for each, which pays for rows that lie far apart.
+    """
     found = []
     for part in rows.split(size) if len(rows) else ():
-        common, end = int(part[0]) + 1, int(part[-1]) + 1
+        common, end = 0 if masked else int(part[0]) + 1, int(part[-1]) + 1
         keys = torch.arange(common, end, device=rows.device)
         hidden = torch.where(keys > part[:, None], -torch.inf, 0.0).to(dtype)
         found.append(Part(part, common, end, hidden))
@@ -45,22 +53,31 @@ def attend_part(
 ) -> Tensor:
     """Return exact causal attention of some rows, ``(R, s, d_v)``; arguments as of `exact_rows`."""
     own = query[:, part.rows - offset]
+    if not part.common:
+        return _attend_from(0, own, key, value, scale, part)[0]
     # All heads as one: each reads these keys.
     known = key[None, :, : part.common], value[None, :, : part.common]
     together = piece_attention(own.flatten(0, 1)[None, None], *known, scale)
     output, lse = (x[0, 0].unflatten(0, own.shape[:2]) for x in together)
     if part.common < part.end:
-        rest = slice(part.common, part.end)
-        more, more_lse = piece_attention(
-            own[None],
-            key[None, :, rest].expand(-1, len(own), -1, -1),
-            value[None, :, rest].expand(-1, len(own), -1, -1),
-            scale,
-            part.hidden[None, None],
-            (part.rows >= part.common)[None, None],
-        )
-        output, _ = merge(output, lse, more[0], more_lse[0], overwrite=True)
+        more = _attend_from(part.common, own, key, value, scale, part)
+        output, _ = merge(output, lse, *more, overwrite=True)
     return output
+
+
+def _attend_from(
+    first: int, query: Tensor, key: Tensor, value: Tensor, scale: float, part: Part
+) -> tuple[Tensor, Tensor]:
+    """Return attention of the rows of a part, ``(R, s, d)``, over the keys that have a mask."""
+    output, lse = piece_attention(
+        query[None],
+        key[None, :, first : part.end].expand(-1, len(query), -1, -1),
+        value[None, :, first : part.end].expand(-1, len(query), -1, -1),
+        scale,
+        part.hidden[None, None],
+        True if first == 0 else (part.rows >= first)[None, None],
+    )
+    return output[0], lse[0]
 
 
 def exact_rows(

@@ -20,7 +20,7 @@ from .checkpoint import Checkpoint
 from .sensitivity import head_sensitivities
 from .weights import weights_sha256
 
-_COSTS, _SENSITIVITIES = "costs", "sensitivities"
+_COSTS, _SENSITIVITIES = "costs", "effects"
 # A plan's cost that it is applied for. Heads that fall back, exact last rows, copies and checks come on
 # top: a fifth of exact attention's time where the two are about even.
 _WORTH_IT = 0.75
@@ -47,7 +47,7 @@ def calibrate(
     *,
     tolerance: float = 0.4,
     margin: float = 0.6,
-    budget: float | None = 0.002,
+    budget: float | None = 0.001,
     ladder: Sequence[HeadSetting] | None = None,
     checkpoint: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -64,11 +64,13 @@ def calibrate(
         tolerance: the largest estimated relative error (95 % bound) of an approximated head's output in
             any text; 0.1 is 10 %.
         margin: part of the tolerance that the bound may take up in these texts; what is left is for
-            prompts unlike them, in which a head beyond the tolerance is computed twice.
-        budget: the largest KL(exact || planned) of the next token's distribution, in nats, that the
-            heads' errors may add up to in these texts; a perplexity rises by about this share. Heads
-            share it by what their errors do to the model in the first text, see `head_sensitivities`.
-            None for no budget: then the tolerance alone counts, and the model is not run backward.
+            prompts unlike them, in which a head beyond the tolerance is computed twice. How often that
+            is to be expected counts as time of a setting.
+        budget: the largest KL(exact || planned) of the tokens after a prompt, in nats, that the heads'
+            errors in it are predicted to add up to in these texts; a perplexity rises by about this
+            share, in texts of other kinds by two or three times as much. Heads share it by what their
+            errors do to the model in the first text, see `head_sensitivities`. None for no budget: then
+            the tolerance alone counts, and the model is not run backward.
         ladder: the settings to choose from; by default windows, columns, blocks and segments of two
             sizes.
         checkpoint: a JSON file that keeps what is measured, layer by layer; a run that was stopped goes
@@ -158,7 +160,7 @@ def calibration(
 
         observe_layers(model, text, observe)
     if budget is not None and _SENSITIVITIES not in kept:
-        kept.add(_SENSITIVITIES, head_sensitivities(model, texts[0], seed=seed))
+        kept.add(_SENSITIVITIES, head_sensitivities(model, texts[0], steps, seed=seed))
     if budget is not None and progress is not None:
         progress(total, total)
     layers = range(shape.layers)
@@ -166,7 +168,7 @@ def calibration(
     costs = Costs(**kept[_COSTS])
     effects = None if budget is None else kept[_SENSITIVITIES]
     allowed = margin * tolerance
-    chosen = choose(measured, costs.costs[-1], steps, allowed, budget, effects)
+    chosen = choose(measured, costs.costs[-1], steps, allowed, budget, effects, fallback=tolerance)
     shortest = _crossover(chosen, costs, steps)
     plan = Plan(
         shape,

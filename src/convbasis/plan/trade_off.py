@@ -73,6 +73,7 @@ def choices(
     ladder: Sequence[HeadSetting],
     tolerance: float,
     sensitivities: Sequence[Sequence[float]] | None,
+    fallback: float | None = None,
 ) -> list[Place]:
     """Return where `choose` leads: at several budgets, or without sensitivities at several tolerances.
 
@@ -84,6 +85,7 @@ def choices(
         ladder: the settings.
         tolerance: the largest 95 % bound of a head's relative error.
         sensitivities: as in `one_setting_for_all`.
+        fallback: as in `choose`.
 
     Returns:
         `Place`, from the cheapest on, without those that are as the one before.
@@ -93,13 +95,14 @@ def choices(
     found = []
     if sensitivities is None:
         for step in sorted(_TOLERANCES, reverse=True):
-            own = choose(measured, costs, ladder, step * tolerance)
+            own = choose(measured, costs, ladder, step * tolerance, fallback=fallback)
             found.append(place_of(own.heads, None, step * tolerance))
     else:
-        free = choose(measured, costs, ladder, tolerance, None, sensitivities).predicted_kl or 0.0
+        given = (measured, costs, ladder, tolerance)
+        free = choose(*given, None, sensitivities, fallback=fallback).predicted_kl or 0.0
         for halving in range(_HALVINGS + 1):
             budget = free / 2**halving
-            own = choose(measured, costs, ladder, tolerance, budget, sensitivities)
+            own = choose(*given, budget, sensitivities, fallback=fallback)
             found.append(place_of(own.heads, own.predicted_kl, budget))
     return [
         place for index, place in enumerate(found) if index == 0 or place[1:] != found[index - 1][1:]
