@@ -731,7 +731,7 @@ def main() -> None:
         part.add_argument("--margin", type=float, default=0.6, help="of the tolerance")
         if job is calibrate:
             part.add_argument("--tolerance", type=float, default=0.4)
-            part.add_argument("--budget", type=float, default=0.002, help="KL, in nats")
+            part.add_argument("--budget", type=float, default=0.001, help="KL, in nats")
             continue
         lengths = {long: [32_768], curve: [8192]}.get(job, [2048, 4096, 8192])
         part.add_argument("--lengths", type=int, nargs="+", default=lengths)

@@ -16,7 +16,7 @@ from .capture import attending, exact_sdpa
 
 _TOKENS = 2048  # of the text that are looked at: a backward pass keeps every layer's activations
 _AFTER = 8  # one in so many of them goes on after the prompt, and as many repeat a part of it
-_DRAWS = 6
+_DRAWS = 4
 
 
 class _Errors(NamedTuple):
@@ -42,9 +42,10 @@ def head_sensitivities(
     away is what errors disturb first, whatever the text. To second order, that KL is half the variance
     of what the errors add to the log-likelihood of tokens that are drawn from the model's own
     distribution. What they add comes from one backward pass for each draw, in the direction of the
-    errors that settings make: rows of a head err alike, and add up. Heads are taken as independent of
-    each other. An error in the prompt's own predictions counts nothing: what a last layer gives reaches
-    no later token.
+    errors that settings make. Rows of a head err alike, and do more together than one by one: how much
+    more is taken to be the same for all heads, since to tell it for one head takes far more draws. Heads
+    are taken as independent of each other. An error in the prompt's own predictions counts nothing: what
+    a last layer gives reaches no later token.
 
     Args:
         model: a transformers model that attends through the attention interface; its parameters get no
@@ -107,8 +108,15 @@ def head_sensitivities(
             )
             for layer, gradient in zip(layers, gradients, strict=True):
                 own = gradient[0, :prompt].to(torch.float32)
-                added[layer].append(torch.einsum("phv,sphv->sh", own, found[layer].errors))
-    return [_sensitivities(found[layer], torch.stack(added[layer]), scored) for layer in layers]
+                rows = torch.einsum("phv,sphv->sph", own, found[layer].errors).double()
+                added[layer].append(torch.stack([rows.square().sum(1), rows.sum(1).square()]))
+    harms = [
+        _of_an_error_of_one(found[layer], torch.stack(added[layer]).mean(0) / (2 * scored))
+        for layer in layers
+    ]
+    one_by_one, together = (sum(float(harm[way].sum()) for harm in harms) for way in (0, 1))
+    more = together / one_by_one if one_by_one else 0.0
+    return [(more * harm[0]).tolist() for harm in harms]
 
 
 def _of_each_kind(ladder: Sequence[HeadSetting]) -> list[HeadSetting]:
@@ -145,17 +153,11 @@ def _errors(
     return _Errors(errors.transpose(1, 2), sizes / whole.clamp(min=1e-300))
 
 
-def _sensitivities(found: _Errors, added: Tensor, scored: int) -> list[float]:
-    """Return what a relative error of 1 of each head does, in the mean over settings that err.
-
-    Args:
-        found: of one layer.
-        added: ``(draws, s, H)``, what errors add to the log-likelihood.
-        scored: tokens of the likelihood.
+def _of_an_error_of_one(found: _Errors, harm: Tensor) -> Tensor:
+    """Return what harm ``(2, s, H)`` of errors is for a relative error of 1, ``(2, H)``: the mean over
+    settings that err.
     """
-    harm = added.double().square().mean(0) / (2 * scored)
     # Below this errors are rounding, and point nowhere.
     errs = found.relative > 1e-10
     each = torch.where(errs, harm / found.relative.clamp(min=1e-10), 0.0)
-    mean: list[float] = (each.sum(0) / errs.sum(0).clamp(min=1)).tolist()
-    return mean
+    return each.sum(1) / errs.sum(0).clamp(min=1)
