@@ -43,9 +43,9 @@ def head_sensitivities(
     of what the errors add to the log-likelihood of tokens that are drawn from the model's own
     distribution. What they add comes from one backward pass for each draw, in the direction of the
     errors that settings make. Rows of a head err alike, and do more together than one by one: how much
-    more is taken to be the same for all heads, since to tell it for one head takes far more draws. Heads
-    are taken as independent of each other. An error in the prompt's own predictions counts nothing: what
-    a last layer gives reaches no later token.
+    more is taken to be the same for all heads, since to tell it for one takes far more draws. Heads are
+    taken as independent of each other. An error in the prompt's own predictions counts nothing: what a
+    last layer gives reaches no later token.
 
     Args:
         model: a transformers model that attends through the attention interface; its parameters get no
