@@ -1,6 +1,6 @@
 """A pretrained model on long prompts: what a plan costs and what it changes.
 
-    python benchmarks/pretrained.py calibrate [--length 8192] [--budget 0.002]
+    python benchmarks/pretrained.py calibrate [--length 8192] [--budget 0.001]
     python benchmarks/pretrained.py score [--lengths 2048 4096 8192] [--text FILE ...]
     python benchmarks/pretrained.py curve [--budgets 0.0005 0.001 0.002 0.005 0.02]
     python benchmarks/pretrained.py parts [--lengths 2048 4096 8192]
@@ -15,7 +15,8 @@ one without far fields, one setting for all heads, and the plain conv basis. `cu
 of several budgets, one setting for all heads and the plain conv basis, and draws KL against time.
 `parts` gives every head the same setting, and asks what each part of hybrid attention does at which
 cost, and beside windows with columns of equal cost. `bounds` compares the bounds of all heads' errors,
-with all settings of the ladder, with the errors. KL is that of the next token's distribution from exact
+with all settings of the ladder, with the errors, and tells how they change from the calibration's text
+(which must have run in the same folder). KL is that of the next token's distribution from exact
 to approximate, in nats, with a bootstrap interval over stretches of 32 tokens; time is that of all
 calls of attention in the prompt, fits, choices and estimates included, and of the whole prompt. Methods
 take turns; a ratio is of medians. `passkey` hides five digits at several depths of prose and asks for
@@ -178,7 +179,7 @@ def replanned(options: argparse.Namespace, plan: Plan, budget: float | None, far
         [steps[index] for index in used],
         options.margin * plan.tolerance,
         budget,
-        kept["effects"],
+        kept.get("effects"),
         fallback=plan.tolerance,
     )
     return dataclasses.replace(plan, heads=chosen.heads, predicted_kl=chosen.predicted_kl)
@@ -358,7 +359,7 @@ def bounds(options: argparse.Namespace) -> None:
 
 
 def _changes(
-    options: argparse.Namespace, plan: Plan, setting: int, bounds: list[float]
+    options: argparse.Namespace, plan: Plan, setting: int, found: list[float]
 ) -> list[tuple[float, float]]:
     """The bounds of all heads with one setting in the text of the calibration, and here."""
     if not measured_file(options).is_file():
@@ -366,7 +367,7 @@ def _changes(
     kept = json.loads(measured_file(options).read_text(encoding="utf-8"))["measured"]
     layers = range(plan.model.layers)
     before = [bound for layer in layers for bound in kept[f"0.{layer}"]["bounds"][setting]]
-    return list(zip(before, bounds, strict=True))
+    return list(zip(before, found, strict=True))
 
 
 def _table_of_changes(changes: list[tuple[float, float]], tolerance: float) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import reference
 import torch
@@ -79,11 +81,12 @@ def test_what_a_last_layer_gives_reaches_no_later_token(model, ids):
     assert min(found[0]) > 0
 
 
-def test_the_first_setting_of_each_kind_counts(model, ids):
+def test_the_setting_with_the_smallest_window_of_each_kind_counts(model, ids):
     window, segments = LADDER
     further = HeadSetting(window=64, columns=0)
     both = head_sensitivities(model, ids, [window, segments])
     assert head_sensitivities(model, ids, [window, further, segments]) == both
+    assert head_sensitivities(model, ids, [further, segments, window]) == both
     assert head_sensitivities(model, ids, [window]) != both
 
 
@@ -111,7 +114,10 @@ def test_the_seed_draws_the_tokens(model, ids):
 
 def test_the_first_tokens_are_enough(model):
     ids = torch.randint(64, (1, 2100), generator=torch.Generator().manual_seed(2))
-    first = head_sensitivities(model, ids[:, :2048], LADDER, draws=1)
+    # 1,536 as the prompt, and 256 after it; what follows is the prompt once more.
+    other = ids.clone()
+    other[:, 1792:] = 0
+    first = head_sensitivities(model, other, LADDER, draws=1)
     assert head_sensitivities(model, ids, LADDER, draws=1) == first
 
 
@@ -134,3 +140,62 @@ def test_too_few_tokens_are_refused(model, ids):
     with pytest.raises(cb.InputError, match="input_ids has 7 tokens; at least 8"):
         head_sensitivities(model, ids[:, :7], LADDER)
     assert len(head_sensitivities(model, ids[:, :8], LADDER)) == 2
+
+
+def test_rounding_of_half_types_is_no_error(model, ids):
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    assert head_sensitivities(half, ids, [HeadSetting(window=300)]) == [[0.0] * 4] * 2
+    found, exact = (torch.tensor(head_sensitivities(own, ids, LADDER)[0]) for own in (half, model))
+    assert torch.allclose(found, exact, rtol=0.5)
+
+
+def test_a_model_that_attends_in_its_own_way_is_refused(model, ids):
+    class Deaf(torch.nn.Module):
+        config = model.config
+
+        def set_attn_implementation(self, name):
+            pass
+
+        def forward(self, *inputs, **options):
+            return model(*inputs, **options)
+
+    with pytest.raises(cb.InputError, match="no gradients of its attention outputs"):
+        head_sensitivities(Deaf(), ids, LADDER)
+
+
+def test_gradients_that_are_not_finite_are_refused(model, ids):
+    class Huge(torch.nn.Module):
+        config = model.config
+
+        def set_attn_implementation(self, name):
+            model.set_attn_implementation(name)
+
+        def forward(self, *inputs, **options):
+            found = model(*inputs, **options)
+            found.logits.register_hook(lambda gradient: gradient * torch.inf)
+            return found
+
+    with pytest.raises(cb.InputError, match="gradients that are not finite"):
+        head_sensitivities(Huge(), ids, LADDER)
+
+
+def test_windows_that_hold_the_short_prompt_share_no_budget(model):
+    ids = torch.randint(64, (1, 2400), generator=torch.Generator().manual_seed(3))
+    with pytest.raises(cb.InputError, match="no window of the ladder is shorter than the 1536 tokens"):
+        head_sensitivities(model, ids, [HeadSetting(window=1700)])
+    with pytest.raises(cb.InputError, match="or budget=None"):
+        cb.calibrate(model, ids, ladder=[HeadSetting(window=1700)])
+    assert cb.calibrate(model, ids, ladder=[HeadSetting(window=1700)], budget=None).predicted_kl is None
+
+
+def test_layers_that_a_plan_leaves_exact_count_nothing(ids):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+    config = transformers.MistralConfig(
+        vocab_size=64, num_hidden_layers=2, num_key_value_heads=2, sliding_window=100, **sizes
+    )
+    model = transformers.MistralForCausalLM(config).eval()
+    assert head_sensitivities(model, ids, LADDER) == [[0.0] * 4] * 2
+    model.config.sliding_window = None
+    wide = transformers.MistralForCausalLM(model.config).eval()
+    assert min(head_sensitivities(wide, ids, LADDER)[0]) > 0

@@ -50,6 +50,17 @@ def test_without_sensitivities_tolerances_lie_around_the_given_one():
     assert {p.cost for p in places} >= {0.25, 0.5, 1.0}
 
 
+def test_a_tolerance_is_also_what_heads_fall_back_at():
+    for place in choices(MEASURED, COSTS, LADDER, 0.2, None, 0.25):
+        own = choose(MEASURED, COSTS, LADDER, place.limit, fallback=1.25 * place.limit)
+        assert place == place_of(own.heads, None, place.limit)
+    by_budget = choices(MEASURED, COSTS, LADDER, 1.0, EFFECTS, 0.25)
+    assert by_budget != choices(MEASURED, COSTS, LADDER, 1.0, EFFECTS)
+    for place in by_budget:
+        own = choose(MEASURED, COSTS, LADDER, 1.0, place.limit, EFFECTS, fallback=0.25)
+        assert place == place_of(own.heads, own.predicted_kl, place.limit)
+
+
 def test_the_place_of_chosen_heads():
     heads = [[HeadPlan(LADDER[0], 0.3, 0.5), HeadPlan(None)], [HeadPlan(None), HeadPlan(None)]]
     assert place_of(heads, 0.01)[1:] == (0.875, 0.01)

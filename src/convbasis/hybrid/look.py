@@ -193,7 +193,9 @@ def _make_parts(rows: _Rows, what: str) -> list[Part]:
         "held": (2 * rows.samples, 1, _ATTENDED),
     }[what]
     own = some_rows(rows.begin, rows.n, count, parity, rows.seed)
-    return in_parts(own.to(rows.device), size, rows.dtype, masked=what == "held")
+    # Masks of long prompts are not kept, and an accelerator attends to few rows of a head slowly.
+    masked = what == "held" and rows.device.type == "cpu" and rows.n <= _LONGEST_KEPT
+    return in_parts(own.to(rows.device), size, rows.dtype, masked=masked)
 
 
 def _make_edges(window: Window, length: int, rows: _Rows) -> list[_Edge]:
@@ -238,7 +240,7 @@ def _weigh(
     logits[..., part.common :] += part.hidden
     # The exponential by itself is very slow on processors where it is too small for the dtype.
     weights = logits.softmax(-1)
-    lse = logits.amax(-1) - weights.amax(-1).log() if weighed else logits[..., 0, :0]
+    lse = logits.amax(-1) - weights.amax(-1).log() if weighed else logits.new_empty((len(query), 0))
     total, found = weights.sum(1), []
     for members, edges in kinds:
         of_kind = []

@@ -68,9 +68,9 @@ def calibrate(
             is to be expected counts as time of a setting.
         budget: the largest KL(exact || planned) of the tokens after a prompt, in nats, that the heads'
             errors in it are predicted to add up to in these texts; a perplexity rises by about this
-            share, in texts of other kinds by two or three times as much. Heads share it by what their
-            errors do to the model in the first text, see `head_sensitivities`. None for no budget: then
-            the tolerance alone counts, and the model is not run backward.
+            share, in texts of other kinds by up to some four times as much. Heads share it by what
+            their errors do to the model in the first text, see `head_sensitivities`. None for no
+            budget: then the tolerance alone counts, and the model is not run backward.
         ladder: the settings to choose from; by default windows, columns, blocks and segments of two
             sizes.
         checkpoint: a JSON file that keeps what is measured, layer by layer; a run that was stopped goes
@@ -159,12 +159,12 @@ def calibration(
                 progress(len(kept) - 1 - (_SENSITIVITIES in kept), total)
 
         observe_layers(model, text, observe)
+    layers = range(shape.layers)
+    measured = [[_measured(kept, index, layer) for layer in layers] for index in range(len(texts))]
     if budget is not None and _SENSITIVITIES not in kept:
         kept.add(_SENSITIVITIES, head_sensitivities(model, texts[0], steps, seed=seed))
     if budget is not None and progress is not None:
         progress(total, total)
-    layers = range(shape.layers)
-    measured = [[_measured(kept, index, layer) for layer in layers] for index in range(len(texts))]
     costs = Costs(**kept[_COSTS])
     effects = None if budget is None else kept[_SENSITIVITIES]
     allowed = margin * tolerance

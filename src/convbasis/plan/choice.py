@@ -15,7 +15,8 @@ from .settings import HeadSetting
 
 _HALVINGS = 40
 # How bounds change from the texts of a calibration to a text of another kind: mean and standard
-# deviation of the logarithm of their ratio (`benchmarks/pretrained.py bounds`).
+# deviation of the logarithm of their ratio, where they are not far below the tolerance
+# (`benchmarks/pretrained.py bounds`).
 _DRIFT, _SPREAD = 0.15, 0.6
 
 

@@ -49,8 +49,8 @@ class Plan:
         calibrated_length: tokens of the calibration prompts.
         min_length: prompts of at most so many tokens are attended exactly: the measured crossover.
         heads: for each layer, one `HeadPlan` for each query head.
-        predicted_kl: what the heads' errors add up to in the calibration texts: KL(exact || planned) of
-            the next token's distribution, in nats; None if it was not predicted.
+        predicted_kl: what the heads' errors in the calibration texts add up to: KL(exact || planned) of
+            the distribution of a token after them, in nats; None if it was not predicted.
         weights_sha256: fingerprint of the model's weights, 64 hexadecimal digits; None if it was not
             taken.
 

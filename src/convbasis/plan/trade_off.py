@@ -88,14 +88,15 @@ def choices(
         fallback: as in `choose`.
 
     Returns:
-        `Place`, from the cheapest on, without those that are as the one before.
+        `Place`, from the largest limit on, without those that are as the one before.
 
     Complexity: some hundred passes over layers, settings and heads.
     """
     found = []
     if sensitivities is None:
         for step in sorted(_TOLERANCES, reverse=True):
-            own = choose(measured, costs, ladder, step * tolerance, fallback=fallback)
+            limit = None if fallback is None else step * fallback
+            own = choose(measured, costs, ladder, step * tolerance, fallback=limit)
             found.append(place_of(own.heads, None, step * tolerance))
     else:
         given = (measured, costs, ladder, tolerance)
