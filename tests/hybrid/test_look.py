@@ -86,6 +86,14 @@ def test_a_head_says_the_same_whatever_heads_are_beside_it():
             assert torch.allclose(getattr(alone, name), getattr(one, name), atol=1e-5), name
 
 
+def test_long_prompts_whose_masks_are_not_kept_say_the_same(monkeypatch):
+    tensors = qkv(N, heads=3, kv_heads=1, dtype=torch.float64)
+    kept = looked(tensors, KINDS["with key weights"])
+    monkeypatch.setattr("convbasis.hybrid.look._LONGEST_KEPT", N - 1)
+    for ours, theirs in zip(looked(tensors, KINDS["with key weights"]), kept, strict=True):
+        assert torch.allclose(torch.as_tensor(ours), torch.as_tensor(theirs), atol=1e-12)
+
+
 def test_nothing_is_looked_at_that_is_not_wanted():
     tensors = qkv(N, heads=3, kv_heads=1)
     look = Look(*(x[0] for x in tensors), KINDS["none with fits"], 0.3, False, 0)

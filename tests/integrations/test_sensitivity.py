@@ -121,19 +121,35 @@ def test_the_first_tokens_are_enough(model):
     assert head_sensitivities(model, ids, LADDER, draws=1) == first
 
 
+class Around(torch.nn.Module):
+    """A model inside another: what it is asked, and what it answers, may be changed."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def set_attn_implementation(self, name):
+        self.model.set_attn_implementation(name)
+
+    def forward(self, *inputs, **options):
+        return self.model(*inputs, **options)
+
+
+def test_a_model_inside_another_is_measured_as_it_is(model, ids):
+    found, alone = (
+        torch.tensor(head_sensitivities(own, ids, LADDER)) for own in (Around(model), model)
+    )
+    assert torch.allclose(found, alone)
+
+
 def test_a_model_without_gradients_is_refused(model, ids):
-    class Cut(torch.nn.Module):
-        config = model.config
-
-        def set_attn_implementation(self, name):
-            model.set_attn_implementation(name)
-
+    class Cut(Around):
+        @torch.no_grad()
         def forward(self, *inputs, **options):
-            with torch.no_grad():
-                return model(*inputs, **options)
+            return super().forward(*inputs, **options)
 
     with pytest.raises(cb.ConvBasisError, match="gives no gradients"):
-        head_sensitivities(Cut(), ids, LADDER)
+        head_sensitivities(Cut(model), ids, LADDER)
 
 
 def test_too_few_tokens_are_refused(model, ids):
@@ -150,33 +166,23 @@ def test_rounding_of_half_types_is_no_error(model, ids):
 
 
 def test_a_model_that_attends_in_its_own_way_is_refused(model, ids):
-    class Deaf(torch.nn.Module):
-        config = model.config
-
+    class Deaf(Around):
         def set_attn_implementation(self, name):
             pass
 
-        def forward(self, *inputs, **options):
-            return model(*inputs, **options)
-
     with pytest.raises(cb.InputError, match="no gradients of its attention outputs"):
-        head_sensitivities(Deaf(), ids, LADDER)
+        head_sensitivities(Deaf(model), ids, LADDER)
 
 
 def test_gradients_that_are_not_finite_are_refused(model, ids):
-    class Huge(torch.nn.Module):
-        config = model.config
-
-        def set_attn_implementation(self, name):
-            model.set_attn_implementation(name)
-
+    class Huge(Around):
         def forward(self, *inputs, **options):
-            found = model(*inputs, **options)
+            found = super().forward(*inputs, **options)
             found.logits.register_hook(lambda gradient: gradient * torch.inf)
             return found
 
     with pytest.raises(cb.InputError, match="gradients that are not finite"):
-        head_sensitivities(Huge(), ids, LADDER)
+        head_sensitivities(Huge(model), ids, LADDER)
 
 
 def test_windows_that_hold_the_short_prompt_share_no_budget(model):
