@@ -5,7 +5,7 @@ import torch
 from oracle import gen, qkv
 
 import convbasis as cb
-from convbasis.hybrid.estimate import error_bound, judged
+from convbasis.hybrid.estimate import Judged, bound_of, error_bound, judged
 from convbasis.hybrid.sampling import own_rows, spread_rows
 from convbasis.integrations.capture import capture_layers
 from convbasis.integrations.smollm2 import sample_text, token_ids
@@ -280,11 +280,20 @@ class TestJudged:
         found = judged(output, rows, begin, offset, known)
         expected = judged(output, rows, begin, offset)
         split = max(0, begin - offset)
-        assert found.rows == expected.rows == 200 - split
+        assert found.rows.tolist() == expected.rows.tolist() == [200 - split] * 3
         assert torch.equal(found.own, output[:, rows - offset])
         for own in (found, expected):
             assert torch.allclose(own.near, output[:, :split].double().square().sum((1, 2)), rtol=1e-6)
             assert torch.allclose(own.far, output[:, split:].double().square().sum((1, 2)), rtol=1e-6)
+
+    def test_heads_with_other_exact_rows_are_judged_at_once_as_one_by_one(self):
+        output, exact = self.output(), self.output()[:, 60:90] + 0.1
+        parts = [judged(output[i : i + 1], torch.arange(60, 90), 20 * i) for i in range(3)]
+        together = bound_of(Judged.joined(parts), exact)
+        for i, part in enumerate(parts):
+            for found, alone in zip(together, bound_of(part, exact[i : i + 1]), strict=True):
+                assert torch.equal(found[i : i + 1], alone)
+        assert len(set(together[1].tolist())) == 3
 
     def test_norms_beyond_the_dtype_bound_nothing(self):
         output = self.output() * 1e25

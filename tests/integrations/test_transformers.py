@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 from transformers.masking_utils import create_causal_mask
 
 import convbasis as cb
+from convbasis.hybrid.heads import _Sequence
 from convbasis.integrations import prefill
 from convbasis.integrations.exact import exact_attention
 from convbasis.integrations.masks import MaskSpec
@@ -388,16 +389,16 @@ class TestPrefill:
 
     def judge(self, monkeypatch, bound):
         """Let the bounds of pieces of work be others."""
-        compute = prefill.attend_pieces
+        compute = _Sequence._judge
 
-        def judged(query, key, value, pieces, *args, **options):
-            found, after = compute(query, key, value, pieces, *args, **options)
-            for place, (b, heads, _) in enumerate(pieces):
-                bounds = torch.tensor([float(bound(b, head)) for head in heads])
-                found[place] = found[place]._replace(bound=bounds)
-            return found, after
+        def judged(self, pieces, *args):
+            found = compute(self, pieces, *args)
+            for place, (b, members, _) in enumerate(pieces):
+                bounds = torch.tensor([float(bound(b, head)) for head in members])
+                found[place] = found[place][0]._replace(bound=bounds), found[place][1]
+            return found
 
-        monkeypatch.setattr(prefill, "attend_pieces", judged)
+        monkeypatch.setattr(_Sequence, "_judge", judged)
 
     @pytest.mark.parametrize("side", PADDINGS)
     @pytest.mark.parametrize("last_rows", [1, 7, 100])

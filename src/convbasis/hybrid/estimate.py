@@ -29,14 +29,13 @@ class Judged(NamedTuple):
     """``(R,)`` float64, the square of the norm of the rows that are exact."""
     far: Tensor
     """``(R,)`` float64, the same of all others."""
-    rows: int
-    """How many others there are."""
+    rows: Tensor
+    """``(R,)`` float64, how many others there are."""
 
     @classmethod
     def joined(cls, parts: Sequence[Judged]) -> Judged:
-        """Return several as one, of heads with the same sampled rows."""
-        own, near, far = (torch.cat(each) for each in list(zip(*parts, strict=True))[:3])
-        return cls(own, near, far, parts[0].rows)
+        """Return several as one, of heads with equally many sampled rows."""
+        return cls(*(torch.cat(each) for each in zip(*parts, strict=True)))
 
 
 def error_bound(
@@ -66,7 +65,8 @@ def judged(
     near = max(0, begin - offset)  # exact rows
     before = _square(output[:, :near])
     far = _square(output[:, near:]) if squares is None else (squares - before).clamp(min=0.0)
-    return Judged(output[:, rows - offset], before, far, output.shape[1] - near)
+    others = far.new_full((len(far),), output.shape[1] - near)
+    return Judged(output[:, rows - offset], before, far, others)
 
 
 def _square(output: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ def bound_of(found: Judged, exact: Tensor) -> tuple[Tensor, Tensor]:
     `error_bound`.
     """
     norms, own = (torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64) for x in (exact, found.own))
-    error = (found.own.double() - exact).square().sum(-1)  # (R, s)
+    error = torch.linalg.vector_norm(found.own - exact, dim=-1, dtype=torch.float64).square()  # (R, s)
     count = error.shape[-1]
     # How large the exact output is: our own, as much larger as the sampled rows tell, and no more than
     # they tell by themselves, lest rows in which ours is next to nothing hide the error.

@@ -158,13 +158,15 @@ def attend_pieces(
     running: Sequence[Running] | None = None,
     into: Tensor | None = None,
     last_rows: int = 0,
+    tolerance: float | None = None,
 ) -> tuple[list[Group], list[Running]]:
     """Return the attention of each piece of work; those of a sequence run at the same time, in this
     order, one sequence after the other.
 
     Other arguments, and what is returned beside, are those of `attend_heads`. Outputs are written to
     `into` ``(B, H, m, d_v)``, where it is given and no gradient is recorded. The last `last_rows` real
-    tokens of each sequence are exact, unless choices are strict.
+    tokens of each sequence are exact, unless choices are strict. With a `tolerance`, heads whose bound
+    exceeds it are attended to again, exactly, and that is what is written to `into`.
 
     Returns:
         for each piece output ``(R, m, d_v)`` in the dtype of the query, none where it is written
@@ -182,6 +184,7 @@ def attend_pieces(
             estimated,
             last_rows,
             None if into is None else into[b],
+            tolerance,
         )
         before = [None if running is None else running[number] for number in numbers]
         with torch.autocast(query.device.type, enabled=False):
@@ -204,6 +207,7 @@ class _Sequence:
     estimated: bool
     last_rows: int
     into: Tensor | None
+    tolerance: float | None
 
     def attend(
         self, pieces: Sequence[Together], running: Sequence[Running | None]
@@ -244,25 +248,44 @@ class _Sequence:
                 members = slice(low, low + len(pieces[number].heads))
                 told[number], low = found.of(members), members.stop
 
-        def attend(number: int) -> tuple[Group, Running | None]:
-            of_keys = pieces[number].heads[0] // sharing
+        def attend(
+            piece: Together, looked: Looked | None = None, running: Running | None = None
+        ) -> tuple[Group, Running | None]:
+            of_keys = piece.heads[0] // sharing
             known = keys[of_keys, None], values[of_keys, None]
-            own = queries[in_order(pieces[number].heads)]
-            return self._attend(pieces[number], own, known, told.get(number), running[number])
+            return self._attend(piece, queries[in_order(piece.heads)], known, looked, running)
 
-        groups = run_all([partial(attend, number) for number in range(len(pieces))], tensors)
-        return self._judge(groups, told)
+        given = ((piece, told.get(number), running[number]) for number, piece in enumerate(pieces))
+        groups = self._judge(pieces, run_all([partial(attend, *each) for each in given], tensors), told)
+        run_all([partial(attend, piece) for piece in self._again(pieces, groups)], tensors)
+        return groups
+
+    def _again(
+        self, pieces: Sequence[Together], groups: Sequence[tuple[Group, Running | None]]
+    ) -> list[Together]:
+        """Return the heads that are to be exact after all."""
+        if self.tolerance is None:
+            return []
+        return [
+            Together(piece.sequence, [head], None)
+            for piece, (group, _) in zip(pieces, groups, strict=True)
+            for head, bound in zip(piece.heads, group.bound.tolist(), strict=True)
+            if piece.settings is not None and not bound <= self.tolerance
+        ]
 
     @torch.no_grad()
     def _judge(
-        self, groups: list[tuple[Group, Running | None]], told: dict[int, Looked]
+        self,
+        pieces: Sequence[Together],
+        groups: list[tuple[Group, Running | None]],
+        told: dict[int, Looked],
     ) -> list[tuple[Group, Running | None]]:
-        """Return the groups with the estimates of their errors: heads that were looked at in the same
-        rows are judged at once."""
-        alike: dict[tuple[int, int], list[int]] = {}
+        """Return the groups of the pieces with the estimates of their errors: heads of which equally
+        many rows were looked at are judged at once."""
+        alike: dict[int, list[int]] = {}
         for number, looked in told.items():
             if groups[number][0].judged is not None:
-                alike.setdefault((looked.begin, len(looked.held)), []).append(number)
+                alike.setdefault(len(looked.held), []).append(number)
         for numbers in alike.values():
             known = [groups[number][0].judged for number in numbers]
             together = Judged.joined([each for each in known if each is not None])

@@ -135,8 +135,8 @@ class Look:
         ]
         self._fits = _parts(rows, "fitted") if kinds else []
         self._held = _parts(rows, "held") if estimated else []
-        latest = torch.arange(max(0, n - last_rows), n, device=query.device)
-        self._last = in_parts(latest, _LATEST, query.dtype)
+        latest = _Rows(max(0, n - last_rows), n, last_rows, 0, query.dtype, query.device)
+        self._last = _parts(latest, "last")
         given = (query, key, value, scale)
         weighed = any(own.key_weights for own in settings)
         self.jobs: list[Callable[[], Any]] = [
@@ -187,7 +187,11 @@ class _Rows(NamedTuple):
 
 
 def _make_parts(rows: _Rows, what: str) -> list[Part]:
-    """Return the rows for fits or for estimates, one at least; nobody writes to what they hold."""
+    """Return the rows for fits or for estimates, one at least, or the last ones; nobody writes to what
+    they hold."""
+    if what == "last":
+        own = torch.arange(rows.begin, rows.n, device=rows.device)
+        return in_parts(own, _LATEST, rows.dtype)
     count, parity, size = {
         "fitted": (rows.samples, 0, _WEIGHED),
         "held": (2 * rows.samples, 1, _ATTENDED),
@@ -211,7 +215,7 @@ def _make_edges(window: Window, length: int, rows: _Rows) -> list[_Edge]:
 
 
 # Those of a prompt, for its heads and layers.
-_kept_parts, _kept_edges = kept(4)(_make_parts), kept(12)(_make_edges)
+_kept_parts, _kept_edges = kept(6)(_make_parts), kept(12)(_make_edges)
 
 
 def _parts(rows: _Rows, what: str) -> list[Part]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from inspect import signature
 from typing import NamedTuple
@@ -15,9 +16,14 @@ from ..hybrid import hybrid_attention
 from ..hybrid.exact import serves_exactly
 from ..hybrid.heads import Together, attend_pieces, pieces_of_work
 from ..hybrid.settings import Settings, check_settings
-from ..plan import HeadPlan
+from ..plan import HeadPlan, HeadSetting
 
 _ROWS = 512  # of exact attention that share a mask
+# What a plan does not know is as by default.
+_OTHERS = {
+    name: signature(hybrid_attention).parameters[name].default
+    for name in ("num_segments", "samples", "seed")
+}
 
 
 class Prefill(NamedTuple):
@@ -88,6 +94,7 @@ def planned_prefill(
         tolerance is not None,
         into=None if recorded else output,
         last_rows=last_rows,
+        tolerance=tolerance if as_pieces else None,
     )
     approximated = torch.zeros(batch, count, dtype=torch.bool)
     fallen_back = torch.zeros(batch, count, dtype=torch.bool)
@@ -101,10 +108,7 @@ def planned_prefill(
         approximated[b, members] = True
         if tolerance is not None:
             fallen_back[b, members] = ~(group.bound <= tolerance).cpu()
-    if as_pieces and bool(fallen_back.any()):
-        again = [Together(b, [head], None) for b, head in fallen_back.nonzero().tolist()]
-        attend_pieces(query, key, value, again, scale, padding, False, into=output)
-    elif not as_pieces:
+    if not as_pieces:
         done &= ~fallen_back
     for row, exact in enumerate((~done).tolist()):
         members = [head for head in range(count) if exact[head]]
@@ -122,17 +126,15 @@ def planned_prefill(
 
 
 def _settings(heads: Sequence[HeadPlan], n: int) -> list[Settings | None]:
-    """Return what each head computes for n tokens; what a plan does not know is as by default."""
-    defaults = signature(hybrid_attention).parameters
-    others = {name: defaults[name].default for name in ("num_segments", "samples", "seed")}
-    found = [
-        None if head.setting is None else Settings(**head.setting.at(n)._asdict(), **others)
-        for head in heads
-    ]
-    for own in found:
-        if own is not None:
-            check_settings(own)
-    return found
+    """Return what each head computes for n tokens."""
+    return [None if head.setting is None else _settings_of(head.setting, n) for head in heads]
+
+
+@functools.lru_cache(64)  # the heads of all layers have few
+def _settings_of(setting: HeadSetting, n: int) -> Settings:
+    own = Settings(**setting.at(n)._asdict(), **_OTHERS)
+    check_settings(own)
+    return own
 
 
 def sliding_prefill(
