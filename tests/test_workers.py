@@ -60,6 +60,20 @@ class TestShare:
             found = run_all([lambda: share([torch.is_inference_mode_enabled] * 9)] * 3, [TENSOR])
         assert found == [[mode] * 9] * 3
 
+    def test_calls_from_several_threads_share_the_pool(self):
+        """Whoever waits for parts leaves when there can be none, and the threads go to the next call."""
+
+        def call():
+            found.append(run_all([lambda: share([lambda: 1] * 9)] * 7, [TENSOR]))
+
+        found = []
+        callers = [threading.Thread(target=call, daemon=True) for _ in range(20)]
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join(60)
+        assert found == [[[1] * 9] * 7] * 20
+
     def test_a_part_that_fails_fails_its_task(self):
         def fail():
             raise ValueError("this part")

@@ -11,7 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -43,14 +43,14 @@ def run_all(tasks: Sequence[Callable[[], T]], tensors: Iterable[Tensor]) -> list
     workers = min(threads, len(tasks))
     if workers < 2 or not _may_leave(tensors):
         return [task() for task in tasks]
-    crew = _Crew(_pool(workers, threads // workers), workers)
-    run = _as_here()
-    running = [crew.pool.submit(run, _with_crew, crew, task) for task in tasks]
+    pool = _pool(workers, threads // workers)
+    crew = _Crew(tasks)
     try:
-        return [each.result() for each in running]
+        for _ in range(workers):
+            pool.submit(crew.work)
+        return crew.tasks.results()
     finally:
-        for each in running:
-            each.cancel()
+        crew.tasks.stop()
 
 
 def share(parts: Sequence[Callable[[], T]]) -> list[T]:
@@ -68,54 +68,111 @@ def share(parts: Sequence[Callable[[], T]]) -> list[T]:
     crew = getattr(_own, "crew", None)
     if crew is None or len(parts) < 2:
         return [part() for part in parts]
-    shared = _Shared(parts)
-    run = _as_here()
-    for _ in range(min(crew.workers, len(parts)) - 1):
-        # It waits behind all tasks that have not begun; too late, it finds nothing to do.
-        crew.pool.submit(run, shared.work)
-    _own.crew = None
-    try:
-        shared.work()
-    finally:
-        _own.crew = crew
-    return shared.results()
+    return crew.share(_Shared(parts))
 
 
 class _Shared:
-    """Parts of a task, each done by whoever comes first."""
+    """Functions without arguments; whoever comes first calls them, in the modes of who made this."""
 
     def __init__(self, parts: Sequence[Callable[[], Any]]) -> None:
         self._left = list(enumerate(parts))[::-1]
         self._found: list[Any] = [None] * len(parts)
         self._running = 0
-        self._failure: BaseException | None = None
+        self._failures: dict[int, BaseException] = {}
         self._changed = threading.Condition()
+        self._run = _as_here()
 
     def work(self) -> None:
         """Do what is left."""
+        self._run(self._work)
+
+    def _work(self) -> None:
         while True:
             with self._changed:
-                if not self._left or self._failure is not None:
+                if not self._left:
                     return
                 number, part = self._left.pop()
                 self._running += 1
             try:
                 self._found[number] = part()
             except BaseException as failure:
-                self._failure = failure
+                self._failures[number] = failure
+                self.stop()
             finally:
                 with self._changed:
                     self._running -= 1
-                    self._changed.notify_all()
+                    if self._over():
+                        self._changed.notify_all()
+
+    def stop(self) -> None:
+        """Leave out what has not begun."""
+        with self._changed:
+            self._left.clear()
 
     def results(self) -> list[Any]:
-        """Wait for what others do, and return everything."""
+        """Wait until everything is done, and return it."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._running)
-        failure, self._failure = self._failure, None
-        if failure is not None:
-            raise failure
+            self._changed.wait_for(self._over)
+        failures, self._failures = self._failures, {}
+        try:
+            if failures:
+                raise failures[min(failures)]
+        finally:
+            del failures  # they know this frame
         return self._found
+
+    def _over(self) -> bool:
+        return not self._left and not self._running
+
+
+class _Crew:
+    """The tasks of a call, and what those who do them share."""
+
+    def __init__(self, tasks: Sequence[Callable[[], Any]]) -> None:
+        self.tasks = _Shared(tasks)
+        self._open: list[_Shared] = []
+        self._at_tasks = 0  # threads
+        self._changed = threading.Condition()
+
+    def work(self) -> None:
+        """Do tasks, and after the last one take parts of those that others are still at."""
+        with self._changed:
+            self._at_tasks += 1
+        _own.crew = self
+        try:
+            self.tasks.work()
+        finally:
+            _own.crew = None
+            with self._changed:
+                self._at_tasks -= 1
+                self._changed.notify_all()
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._open or not self._at_tasks)
+                if not self._open:
+                    return
+                shared = self._open[0]
+            shared.work()
+            self._close(shared)
+
+    def share(self, shared: _Shared) -> list[Any]:
+        """Do a task's parts with those who have none left, and return what they return."""
+        with self._changed:
+            self._open.append(shared)
+            self._changed.notify_all()
+        _own.crew = None
+        try:
+            shared.work()
+        finally:
+            _own.crew = self
+            self._close(shared)
+        return shared.results()
+
+    def _close(self, shared: _Shared) -> None:
+        """Nothing of it is left for others."""
+        with self._changed:
+            if shared in self._open:
+                self._open.remove(shared)
 
 
 def _as_here() -> Callable[..., Any]:
@@ -128,22 +185,6 @@ def _as_here() -> Callable[..., Any]:
             return function(*args)
 
     return run
-
-
-class _Crew(NamedTuple):
-    """The threads that do the tasks of a call."""
-
-    pool: ThreadPoolExecutor
-    workers: int
-
-
-def _with_crew(crew: _Crew, task: Callable[[], T]) -> T:
-    """Run a task whose parts the threads of a crew may take."""
-    _own.crew = crew
-    try:
-        return task()
-    finally:
-        _own.crew = None
 
 
 def _may_leave(tensors: Iterable[Tensor]) -> bool:

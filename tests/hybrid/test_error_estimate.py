@@ -276,22 +276,25 @@ class TestJudged:
     @pytest.mark.parametrize(("begin", "offset"), [(0, 0), (40, 0), (40, 30), (40, 60)])
     def test_known_squares_change_nothing(self, begin, offset):
         output, rows = self.output(), torch.tensor([70, 101, 180])
-        known = output.double().square().sum((1, 2))
-        found = judged(output, rows, begin, offset, known)
-        expected = judged(output, rows, begin, offset)
+        known, exact = output.double().square().sum((1, 2)), output.flip(1)[:, :3]
+        found = judged(output, exact, rows, begin, offset, known)
+        expected = judged(output, exact, rows, begin, offset)
         split = max(0, begin - offset)
         assert found.rows.tolist() == expected.rows.tolist() == [200 - split] * 3
-        assert torch.equal(found.own, output[:, rows - offset])
+        own = output[:, rows - offset].double()
+        for norms, tensor in zip(found[:3], (own - exact, exact.double(), own), strict=True):
+            assert torch.allclose(norms, tensor.norm(dim=-1), rtol=1e-6)
         for own in (found, expected):
             assert torch.allclose(own.near, output[:, :split].double().square().sum((1, 2)), rtol=1e-6)
             assert torch.allclose(own.far, output[:, split:].double().square().sum((1, 2)), rtol=1e-6)
 
     def test_heads_with_other_exact_rows_are_judged_at_once_as_one_by_one(self):
         output, exact = self.output(), self.output()[:, 60:90] + 0.1
-        parts = [judged(output[i : i + 1], torch.arange(60, 90), 20 * i) for i in range(3)]
-        together = bound_of(Judged.joined(parts), exact)
+        rows = torch.arange(60, 90)
+        parts = [judged(output[i : i + 1], exact[i : i + 1], rows, 20 * i) for i in range(3)]
+        together = bound_of(Judged.joined(parts))
         for i, part in enumerate(parts):
-            for found, alone in zip(together, bound_of(part, exact[i : i + 1]), strict=True):
+            for found, alone in zip(together, bound_of(part), strict=True):
                 assert torch.equal(found[i : i + 1], alone)
         assert len(set(together[1].tolist())) == 3
 

@@ -21,16 +21,20 @@ _SHARE, _PART = 0.05, 0.5
 
 
 class Judged(NamedTuple):
-    """What estimates want to know of the outputs of R heads."""
+    """What estimates want to know of the outputs of R heads: norms, in float64."""
 
+    errors: Tensor
+    """``(R, s)``, of the errors of the sampled rows."""
+    exact: Tensor
+    """``(R, s)``, of exact attention of these rows."""
     own: Tensor
-    """``(R, s, d_v)``, the sampled rows."""
+    """``(R, s)``, of our own."""
     near: Tensor
-    """``(R,)`` float64, the square of the norm of the rows that are exact."""
+    """``(R,)``, the square of the norm of the rows that are exact."""
     far: Tensor
-    """``(R,)`` float64, the same of all others."""
+    """``(R,)``, the same of all others."""
     rows: Tensor
-    """``(R,)`` float64, how many others there are."""
+    """``(R,)``, how many others there are."""
 
     @classmethod
     def joined(cls, parts: Sequence[Judged]) -> Judged:
@@ -52,11 +56,16 @@ def error_bound(
         begin: rows before this one are exact.
         offset: the first row of the output.
     """
-    return bound_of(judged(output, rows, begin, offset), exact)
+    return bound_of(judged(output, exact, rows, begin, offset))
 
 
 def judged(
-    output: Tensor, rows: Tensor, begin: int, offset: int = 0, squares: Tensor | None = None
+    output: Tensor,
+    exact: Tensor,
+    rows: Tensor,
+    begin: int,
+    offset: int = 0,
+    squares: Tensor | None = None,
 ) -> Judged:
     """Return what `error_bound` wants to know of outputs; arguments as there.
 
@@ -66,7 +75,12 @@ def judged(
     before = _square(output[:, :near])
     far = _square(output[:, near:]) if squares is None else (squares - before).clamp(min=0.0)
     others = far.new_full((len(far),), output.shape[1] - near)
-    return Judged(output[:, rows - offset], before, far, others)
+    own = output[:, rows - offset]
+    return Judged(_norms(own - exact), _norms(exact), _norms(own), before, far, others)
+
+
+def _norms(rows: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64)
 
 
 def _square(output: Tensor) -> Tensor:
@@ -74,18 +88,17 @@ def _square(output: Tensor) -> Tensor:
     return torch.linalg.vector_norm(output, dim=-1).double().square().sum(-1)
 
 
-def bound_of(found: Judged, exact: Tensor) -> tuple[Tensor, Tensor]:
+def bound_of(found: Judged) -> tuple[Tensor, Tensor]:
     """Return the estimates and bounds of heads ``(R,)`` from what is known of their outputs, see
     `error_bound`.
     """
-    norms, own = (torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64) for x in (exact, found.own))
-    error = torch.linalg.vector_norm(found.own - exact, dim=-1, dtype=torch.float64).square()  # (R, s)
+    error = found.errors.square()
     count = error.shape[-1]
     # How large the exact output is: our own, as much larger as the sampled rows tell, and no more than
     # they tell by themselves, lest rows in which ours is next to nothing hide the error.
-    large = norms.square().sum(-1)
+    large = found.exact.square().sum(-1)
     far = found.rows
-    grown = found.far * (large / own.square().sum(-1).clamp(min=1e-300))
+    grown = found.far * (large / found.own.square().sum(-1).clamp(min=1e-300))
     size = found.near + torch.fmin(grown, large * (far / count))
     size = size.masked_fill(size == torch.inf, torch.nan)  # too large for its dtype: nothing is known
     mean = error.mean(-1)
@@ -94,7 +107,7 @@ def bound_of(found: Judged, exact: Tensor) -> tuple[Tensor, Tensor]:
     width = _STANDARD_ERRORS * max(1.0, _ROWS / count) ** _GROWTH
     bound = mean + width * deviation / count**0.5
     bound = (bound * scale).sqrt()
-    of_rows = _exceeded_by_few(error.sqrt(), norms)
+    of_rows = _exceeded_by_few(found.errors, found.exact)
     return (mean * scale).sqrt(), torch.where(of_rows > _PART, bound.fmax(of_rows), bound)
 
 

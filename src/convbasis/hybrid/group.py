@@ -129,7 +129,7 @@ def attend_group(
         parts.append("correction")
     if estimated:
         with torch.no_grad():
-            found = judged(output, looked.held, looked.begin, squares=rows.squares())
+            found = judged(output, looked.exact, looked.held, looked.begin, squares=rows.squares())
         count += len(looked.held)
     if last_rows:
         output = _with_last_rows(query, key, value, output, scale, looked.last)

@@ -240,7 +240,8 @@ class _Sequence:
             )
             for kind, numbers in alike.items()
         ]
-        done = iter(run_all([job for look in looks for job in look.jobs], tensors))
+        jobs = [job for look in looks for job in look.jobs]
+        done = iter(run_all(jobs[::-1], tensors)[::-1])  # the dearest first
         told = {}
         for look, numbers in zip(looks, alike.values(), strict=True):
             found, low = look.found([next(done) for _ in look.jobs]), 0
@@ -256,8 +257,28 @@ class _Sequence:
             return self._attend(piece, queries[in_order(piece.heads)], known, looked, running)
 
         given = ((piece, told.get(number), running[number]) for number, piece in enumerate(pieces))
-        groups = self._judge(pieces, run_all([partial(attend, *each) for each in given], tensors), told)
+        groups = run_all([partial(attend, *each) for each in given], tensors)
+        groups = self._judge(pieces, groups)
         run_all([partial(attend, piece) for piece in self._again(pieces, groups)], tensors)
+        return groups
+
+    @torch.no_grad()
+    def _judge(
+        self, pieces: Sequence[Together], groups: list[tuple[Group, Running | None]]
+    ) -> list[tuple[Group, Running | None]]:
+        """Return the groups of the pieces with the estimates of their errors: heads of which equally
+        many rows were looked at are judged at once."""
+        alike: dict[int, list[tuple[int, Judged]]] = {}
+        for number, (group, _) in enumerate(groups):
+            if group.judged is not None:
+                alike.setdefault(group.judged.errors.shape[1], []).append((number, group.judged))
+        for own in alike.values():
+            found = bound_of(Judged.joined([judged for _, judged in own]))
+            counts = [len(pieces[number].heads) for number, _ in own]
+            parts = (x.split(counts) for x in found)
+            for (number, _), mean, bound in zip(own, *parts, strict=True):
+                group, after = groups[number]
+                groups[number] = group._replace(mean=mean, bound=bound, judged=None), after
         return groups
 
     def _again(
@@ -272,29 +293,6 @@ class _Sequence:
             for head, bound in zip(piece.heads, group.bound.tolist(), strict=True)
             if piece.settings is not None and not bound <= self.tolerance
         ]
-
-    @torch.no_grad()
-    def _judge(
-        self,
-        pieces: Sequence[Together],
-        groups: list[tuple[Group, Running | None]],
-        told: dict[int, Looked],
-    ) -> list[tuple[Group, Running | None]]:
-        """Return the groups of the pieces with the estimates of their errors: heads of which equally
-        many rows were looked at are judged at once."""
-        alike: dict[int, list[int]] = {}
-        for number, looked in told.items():
-            if groups[number][0].judged is not None:
-                alike.setdefault(len(looked.held), []).append(number)
-        for numbers in alike.values():
-            known = [groups[number][0].judged for number in numbers]
-            together = Judged.joined([each for each in known if each is not None])
-            found = bound_of(together, torch.cat([told[number].exact for number in numbers]))
-            parts = (x.split([len(told[number].exact) for number in numbers]) for x in found)
-            for number, mean, bound in zip(numbers, *parts, strict=True):
-                group, after = groups[number]
-                groups[number] = group._replace(mean=mean, bound=bound, judged=None), after
-        return groups
 
     def _own(self, name: str, tensor: Tensor) -> Tensor:
         """Return real tokens ``(H, n, ·)``: a model's heads lie between each other's, and after one
