@@ -61,8 +61,6 @@ class TestShare:
         assert found == [[mode] * 9] * 3
 
     def test_calls_from_several_threads_share_the_pool(self):
-        """Whoever waits for parts leaves when there can be none, and the threads go to the next call."""
-
         def call():
             found.append(run_all([lambda: share([lambda: 1] * 9)] * 7, [TENSOR]))
 
@@ -73,6 +71,31 @@ class TestShare:
         for caller in callers:
             caller.join(60)
         assert found == [[[1] * 9] * 7] * 20
+
+    def test_threads_without_a_task_do_those_of_the_next_call(self):
+        waits, done = threading.Event(), threading.Event()
+
+        def wait():
+            waits.set()
+            return done.wait(60)
+
+        found = []
+        first = threading.Thread(
+            target=lambda: found.extend(run_all([wait, lambda: 1], [TENSOR])), daemon=True
+        )
+        first.start()
+        assert waits.wait(60)
+        run_all([done.set, lambda: 1], [TENSOR])
+        first.join(60)
+        assert found == [True, 1]
+
+    def test_modes_that_cannot_be_set_are_an_error(self, monkeypatch):
+        def fail(*_):
+            raise ValueError("no such mode")
+
+        monkeypatch.setattr(workers, "_as_here", lambda: fail)
+        with pytest.raises(ValueError, match="no such mode"):
+            run_all([lambda: 1] * 3, [TENSOR])
 
     def test_a_part_that_fails_fails_its_task(self):
         def fail():

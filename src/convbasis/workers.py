@@ -37,14 +37,14 @@ def run_all(tasks: Sequence[Callable[[], T]], tensors: Iterable[Tensor]) -> list
         tensors: what the tasks read.
 
     Raises:
-        whatever the first task that fails raises; those that have not begun are left out.
+        what a task raises, the first of those that had begun; the others are left out.
     """
     threads = torch.get_num_threads()
     workers = min(threads, len(tasks))
     if workers < 2 or not _may_leave(tensors):
         return [task() for task in tasks]
     pool = _pool(workers, threads // workers)
-    crew = _Crew(tasks)
+    crew = _Crew(tasks, pool)
     try:
         for _ in range(workers):
             pool.submit(crew.work)
@@ -84,7 +84,10 @@ class _Shared:
 
     def work(self) -> None:
         """Do what is left."""
-        self._run(self._work)
+        try:
+            self._run(self._work)
+        except BaseException as failure:  # nobody else would hear of it
+            self._fail(-1, failure)
 
     def _work(self) -> None:
         while True:
@@ -96,30 +99,36 @@ class _Shared:
             try:
                 self._found[number] = part()
             except BaseException as failure:
-                self._failures[number] = failure
-                self.stop()
+                self._fail(number, failure)
             finally:
                 with self._changed:
                     self._running -= 1
                     if self._over():
                         self._changed.notify_all()
 
+    def _fail(self, number: int, failure: BaseException) -> None:
+        self._failures[number] = failure
+        self.stop()
+
     def stop(self) -> None:
         """Leave out what has not begun."""
         with self._changed:
             self._left.clear()
+            self._changed.notify_all()
 
     def results(self) -> list[Any]:
-        """Wait until everything is done, and return it."""
+        """Wait until everything is done, and return it, once."""
         with self._changed:
             self._changed.wait_for(self._over)
+        # Who was late knows this object for a while, and holds nothing that is large.
+        found, self._found = self._found, []
         failures, self._failures = self._failures, {}
         try:
             if failures:
                 raise failures[min(failures)]
         finally:
             del failures  # they know this frame
-        return self._found
+        return found
 
     def _over(self) -> bool:
         return not self._left and not self._running
@@ -128,38 +137,29 @@ class _Shared:
 class _Crew:
     """The tasks of a call, and what those who do them share."""
 
-    def __init__(self, tasks: Sequence[Callable[[], Any]]) -> None:
+    def __init__(self, tasks: Sequence[Callable[[], Any]], pool: ThreadPoolExecutor) -> None:
         self.tasks = _Shared(tasks)
+        self._pool = pool
         self._open: list[_Shared] = []
-        self._at_tasks = 0  # threads
-        self._changed = threading.Condition()
+        self._gone = 0  # threads that found nothing to do
+        self._changing = threading.Lock()
 
     def work(self) -> None:
         """Do tasks, and after the last one take parts of those that others are still at."""
-        with self._changed:
-            self._at_tasks += 1
         _own.crew = self
         try:
             self.tasks.work()
         finally:
             _own.crew = None
-            with self._changed:
-                self._at_tasks -= 1
-                self._changed.notify_all()
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._open or not self._at_tasks)
-                if not self._open:
-                    return
-                shared = self._open[0]
-            shared.work()
-            self._close(shared)
+        self._help()
 
     def share(self, shared: _Shared) -> list[Any]:
-        """Do a task's parts with those who have none left, and return what they return."""
-        with self._changed:
+        """Do a task's parts with those who have no task left, and return what they return."""
+        with self._changing:
             self._open.append(shared)
-            self._changed.notify_all()
+            gone, self._gone = self._gone, 0
+        for _ in range(gone):
+            self._pool.submit(self._help)
         _own.crew = None
         try:
             shared.work()
@@ -168,9 +168,21 @@ class _Crew:
             self._close(shared)
         return shared.results()
 
+    def _help(self) -> None:
+        while (shared := self._next()) is not None:
+            shared.work()
+            self._close(shared)
+
+    def _next(self) -> _Shared | None:
+        with self._changing:
+            if not self._open:
+                self._gone += 1
+                return None
+            return self._open[0]
+
     def _close(self, shared: _Shared) -> None:
         """Nothing of it is left for others."""
-        with self._changed:
+        with self._changing:
             if shared in self._open:
                 self._open.remove(shared)
 

@@ -439,6 +439,20 @@ class TestPrefill:
         kept[1, 2] = False
         assert torch.equal(found.output[kept], without.output[kept])
 
+    def test_heads_that_fall_back_are_the_same_on_any_number_of_threads(self, monkeypatch):
+        tensors, plan = self.heads(n=300), plan_for(build(), LITTLE).heads[0]
+        self.judge(monkeypatch, lambda b, head: 0.2 * (head > 1))
+        before, found = torch.get_num_threads(), []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            try:
+                found.append(self.run(tensors, plan))
+            finally:
+                torch.set_num_threads(before)
+        assert found[0].fallen_back.tolist() == [[False, False, True, True]] * 2
+        assert torch.equal(found[0].output, found[1].output)
+        assert torch.equal(found[0].output, found[2].output)
+
     def test_an_estimate_that_is_not_a_number_falls_back(self, monkeypatch):
         self.judge(monkeypatch, lambda b, head: float("nan"))
         found = self.run(self.heads(), plan_for(build(), LITTLE).heads[0])

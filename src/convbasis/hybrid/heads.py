@@ -166,7 +166,8 @@ def attend_pieces(
     Other arguments, and what is returned beside, are those of `attend_heads`. Outputs are written to
     `into` ``(B, H, m, d_v)``, where it is given and no gradient is recorded. The last `last_rows` real
     tokens of each sequence are exact, unless choices are strict. With a `tolerance`, heads whose bound
-    exceeds it are attended to again, exactly, and that is what is written to `into`.
+    exceeds it are attended to again, exactly, and that is what is in `into` then, which must be given,
+    for tensors that `serves_exactly` accepts; what is returned of these heads stays.
 
     Returns:
         for each piece output ``(R, m, d_v)`` in the dtype of the query, none where it is written
@@ -241,7 +242,7 @@ class _Sequence:
             for kind, numbers in alike.items()
         ]
         jobs = [job for look in looks for job in look.jobs]
-        done = iter(run_all(jobs[::-1], tensors)[::-1])  # the dearest first
+        done = iter(run_all(jobs[::-1], tensors)[::-1])  # of each look the dearest first
         told = {}
         for look, numbers in zip(looks, alike.values(), strict=True):
             found, low = look.found([next(done) for _ in look.jobs]), 0

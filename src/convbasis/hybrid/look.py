@@ -135,8 +135,8 @@ class Look:
         ]
         self._fits = _parts(rows, "fitted") if kinds else []
         self._held = _parts(rows, "held") if estimated else []
-        latest = _Rows(max(0, n - last_rows), n, last_rows, 0, query.dtype, query.device)
-        self._last = _parts(latest, "last")
+        latest = _Rows(max(0, n - last_rows), n, 0, 0, query.dtype, query.device)
+        self._last = _parts(latest, "last") if last_rows else []
         given = (query, key, value, scale)
         weighed = any(own.key_weights for own in settings)
         self.jobs: list[Callable[[], Any]] = [
@@ -215,7 +215,7 @@ def _make_edges(window: Window, length: int, rows: _Rows) -> list[_Edge]:
 
 
 # Those of a prompt, for its heads and layers.
-_kept_parts, _kept_edges = kept(6)(_make_parts), kept(12)(_make_edges)
+_kept_parts, _kept_edges = kept(8)(_make_parts), kept(12)(_make_edges)
 
 
 def _parts(rows: _Rows, what: str) -> list[Part]:

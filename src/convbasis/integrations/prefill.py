@@ -130,7 +130,7 @@ def _settings(heads: Sequence[HeadPlan], n: int) -> list[Settings | None]:
     return [None if head.setting is None else _settings_of(head.setting, n) for head in heads]
 
 
-@functools.lru_cache(64)  # the heads of all layers have few
+@functools.lru_cache(1024)  # few settings, for each length in a batch
 def _settings_of(setting: HeadSetting, n: int) -> Settings:
     own = Settings(**setting.at(n)._asdict(), **_OTHERS)
     check_settings(own)
