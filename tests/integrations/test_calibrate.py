@@ -172,6 +172,14 @@ def test_bad_input_is_refused(model, texts, options, message):
         cb.calibrate(model, texts, **options)
 
 
+def test_a_layer_that_is_not_finite_is_named(model, ids):
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.model.layers[1].self_attn.k_proj.weight[0, 0] = float("inf")
+    with pytest.raises(cb.InputError, match="the key of layer 1 holds"):
+        cb.calibrate(broken, ids[:1], ladder=LADDER[:1], budget=None)
+
+
 def test_a_layer_that_does_not_attend_through_the_interface(model, ids, monkeypatch):
     monkeypatch.setattr("convbasis.integrations.calibrate.observe_layers", lambda *_: None)
     with pytest.raises(cb.InputError, match="layer 0 of the model does not attend through"):

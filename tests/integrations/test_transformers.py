@@ -135,12 +135,15 @@ class TestEverythingInTheWindow:
             exact = 12 * len(exact_heads)
             assert cb.plan_report(model) == (6, 48 - exact, exact, 0)
 
-    def test_half_precision(self):
-        model, reference = planned()
+    @pytest.mark.parametrize("setting", [EVERYTHING, LITTLE], ids=["everything", "little"])
+    def test_half_precision(self, setting):
+        """Weights of half precision give what single precision does by the same plan."""
+        model, _ = planned(setting=setting, dynamic=False)
         given = inputs(80, "left")
-        difference = logits(model.bfloat16(), given) - logits(reference.bfloat16(), given)
-        assert difference.float().norm() <= 0.02 * logits(reference, given).float().norm()
-        assert cb.plan_report(model).heads_approximated == 16
+        expected = logits(model, given)
+        difference = logits(model.bfloat16(), given).float() - expected
+        assert difference.norm() <= 0.02 * expected.norm()
+        assert cb.plan_report(model).heads_approximated == 32
 
     def test_autocast(self):
         model, reference = planned()
@@ -574,6 +577,26 @@ class TestPaddedPrompts:
 
 
 class TestNotFinite:
+    @pytest.mark.parametrize("name", ["query", "key", "value"])
+    def test_what_is_not_finite_is_named(self, name):
+        model, _ = planned(setting=LITTLE)
+        with torch.no_grad():
+            getattr(model.model.layers[1].self_attn, f"{name[0]}_proj").weight[0, 0] = float("nan")
+        with pytest.raises(cb.InputError, match=f"the {name} of layer 1 holds"):
+            logits(model, inputs())
+
+    @pytest.mark.parametrize("exact_heads", [(), (1, 3)])
+    @pytest.mark.parametrize("options", [{}, {"dynamic": False}, {"chunked": True}])
+    @pytest.mark.parametrize("setting", [LITTLE, EVERYTHING], ids=["little", "everything"])
+    def test_logits_that_overflow(self, setting, options, exact_heads):
+        """Queries and keys are finite, their products are not."""
+        model, _ = planned(setting=setting, plan={"exact_heads": exact_heads}, **options)
+        with torch.no_grad():
+            for projection in ("q_proj", "k_proj"):
+                getattr(model.model.layers[1].self_attn, projection).weight.mul_(1e20)
+        with pytest.raises(cb.InputError, match="the output of layer 1 holds"):
+            logits(model, inputs())
+
     @pytest.mark.parametrize("setting", [EVERYTHING, None], ids=["approximated", "exact"])
     @pytest.mark.parametrize("number", [float("nan"), float("inf")])
     def test_the_layer_is_named(self, number, setting):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..checks import check_nonnegative, describe
+from ..checks import check_finite, check_nonnegative, describe
 from ..errors import InputError
 from ..plan import HeadSetting, ModelShape, Plan
 from ..plan.choice import Chosen, choose
@@ -83,8 +83,8 @@ def calibrate(
         `Plan`.
 
     Raises:
-        InputError: texts of different or no length, or a model that does not attend through the
-            interface.
+        InputError: texts of different or no length, a model that does not attend through the
+            interface, or NaN or Inf in one of its layers.
         FileFormatError: the checkpoint is damaged, or of another calibration.
         MissingExtraError: transformers is not installed.
 
@@ -150,6 +150,8 @@ def calibration(
     for index, text in enumerate(texts):
 
         def observe(layer: int, given: CapturedLayer, index: int = index) -> None:
+            for name in ("query", "key", "value"):
+                check_finite(f"the {name} of layer {layer}", getattr(given, name))
             # Times first: a run that was stopped later goes on with the same, to the same plan.
             if _COSTS not in kept:
                 kept.add(_COSTS, measure_costs(*given, steps)._asdict())

@@ -35,6 +35,8 @@ class Prefill(NamedTuple):
     """bool ``(B, H)``: approximated heads whose estimate exceeded the tolerance, and that are exact."""
     approximated: Tensor
     """bool ``(B, H)``: heads that were approximated, those that fell back among them."""
+    estimated: Tensor | None = None
+    """bool ``(B, H)``: heads whose output is finite, as its estimate is; None for none."""
 
 
 def planned_prefill(
@@ -98,6 +100,7 @@ def planned_prefill(
     )
     approximated = torch.zeros(batch, count, dtype=torch.bool)
     fallen_back = torch.zeros(batch, count, dtype=torch.bool)
+    estimated = torch.zeros(batch, count, dtype=torch.bool)
     done = torch.zeros(batch, count, dtype=torch.bool)
     for (b, members, own), group in zip(pieces, found, strict=True):
         done[b, members] = True
@@ -107,7 +110,8 @@ def planned_prefill(
             output[b, members] = group.output
         approximated[b, members] = True
         if tolerance is not None:
-            fallen_back[b, members] = ~(group.bound <= tolerance).cpu()
+            fallen_back[b, members] = again = ~(group.bound <= tolerance).cpu()
+            estimated[b, members] = ~again & (group.rows > 0)
     if not as_pieces:
         done &= ~fallen_back
     for row, exact in enumerate((~done).tolist()):
@@ -122,7 +126,7 @@ def planned_prefill(
             output[row, places] = attended
         else:
             output[row, places[:, None], real] = attended
-    return Prefill(output, fallen_back, approximated)
+    return Prefill(output, fallen_back, approximated, estimated)
 
 
 def _settings(heads: Sequence[HeadPlan], n: int) -> list[Settings | None]:

@@ -125,11 +125,15 @@ def _attend_by_plan(
         if begins:
             applied.chunks[layer] = ChunkedLayer(heads, applied.plan.calibrated_length, scale)
         chunk = applied.chunks[layer].attend(query, key, value, applied.tolerance(end))
+        if not module.training:
+            _check_layer(layer, output=chunk.output)
         return _counted(applied, layer, chunk)
     tensors, padding = (query, key, value), mask.padding(query.device)
     if mask.window is not None and mask.window < n:
         applied.count(layer, len(query))
         output = sliding_prefill(*tensors, window=mask.window, scale=scale, padding=padding)
+        if not module.training:
+            _check_layer(layer, output=output)
         return output.transpose(1, 2).contiguous(), None
     longest = n if padding is None else int(padding.sum(1).max())
     done = planned_prefill(
@@ -141,6 +145,10 @@ def _attend_by_plan(
         min_length=applied.min_length,
         last_rows=applied.last_rows,
     )
+    if not module.training:  # logits of finite queries and keys may be infinite
+        known = done.estimated
+        looked_at = done.output if known is None else done.output[~known.to(done.output.device)]
+        _check_layer(layer, output=looked_at)
     return _counted(applied, layer, done)
 
 
