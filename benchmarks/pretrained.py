@@ -294,22 +294,34 @@ def curve(options: argparse.Namespace) -> None:
     place = options.folder / "pretrained-curve.json"
     rows = _score_texts(loaded, methods, texts(options.text), options, place)
     table(rows)
+    _draw(rows, options.lengths)
+    _save(place, rows)
+
+
+def _draw(rows: list[dict[str, Any]], lengths: list[int]) -> None:
+    """Draw the means over texts of all methods; what differs in one number is on one line."""
     points: dict[str, list[tuple[float, float]]] = {}
-    for name, method in methods.items():
-        own = [row for row in rows if row["method"] == name]
-        if isinstance(method, Planned) and own and method.last_rows:
-            line = name.split(", ")[0] if method.dynamic else "one setting for all heads"
+    for name in dict.fromkeys(row["method"] for row in rows):
+        if name not in ("exact", "plan, last rows approximated"):
+            own = [row for row in rows if row["method"] == name]
             point = (
                 statistics.fmean(1 / row["attention_ratio"] for row in own),
                 statistics.fmean(row["kl"] for row in own),
             )
-            points.setdefault(line, []).append(point)
+            points.setdefault(_line_of(name), []).append(point)
     pareto_figure(
         {name: sorted(own) for name, own in points.items()},
-        f"SmolLM2-135M, {' and '.join(f'{n:,}' for n in options.lengths)} tokens",
+        f"SmolLM2-135M, {' and '.join(f'{n:,}' for n in lengths)} tokens",
         ROOT / "docs/figures/pareto.png",
     )
-    _save(place, rows)
+
+
+def _line_of(name: str) -> str:
+    if name.endswith("+ 60 columns"):
+        return "windows with 60 columns"
+    plans = {"all settings": "plans", "near settings": "plans without far field"}
+    kind = name.split(", ")[0]
+    return plans.get(kind, name)
 
 
 def bounds(options: argparse.Namespace) -> None:

@@ -147,7 +147,7 @@ def require_matplotlib() -> None:
 
 
 def pareto_figure(lines: Mapping[str, Sequence[tuple[float, float]]], title: str, path: Path) -> None:
-    """Draw KL against attention time, each line of one way to choose settings.
+    """Draw KL against attention time, each line of one way to choose what heads compute.
 
     Args:
         lines: for each name its points: time over exact attention's, and KL in nats.
@@ -160,7 +160,7 @@ def pareto_figure(lines: Mapping[str, Sequence[tuple[float, float]]], title: str
     figure = _figure((7.5, 5))
     axes = figure.add_subplot()
     for name, points in lines.items():
-        axes.semilogy(*zip(*points, strict=True), "o" if "one setting" in name else "o-", label=name)
+        axes.semilogy(*zip(*points, strict=True), "o-", label=name)
     axes.axvline(1.0, color="grey", linestyle=":")
     axes.set_xlim(left=0.0)
     axes.set_xlabel("attention time / that of exact attention")
