@@ -467,7 +467,10 @@ def _score_texts(
                     continue
                 for ids, at in _prompts(loaded.tokenizer, content, n, options.places):
                     if not kept.has(ids):
-                        rows = _score_text(loaded.model, methods, ids, n, text, clock, options.repeats)
+                        costs = _costs_at(options, n)
+                        rows = _score_text(
+                            loaded.model, methods, ids, n, text, clock, options.repeats, costs
+                        )
                         kept.add([{**row, "place": at} for row in rows])
     return kept.finish()
 
@@ -527,6 +530,7 @@ def _score_text(
     text: str,
     clock: Any,
     repeats: int,
+    costs: dict[HeadSetting, float],
 ) -> list[dict[str, Any]]:
     targets = ids[0, -SCORED:]
     found: dict[str, dict[str, Any]] = {}
@@ -537,7 +541,7 @@ def _score_text(
             with using(model, method, clock):
                 logs, attention, whole = run_prompt(model, ids, SCORED, clock)
                 report = cb.plan_report(model)._asdict() if isinstance(method, Planned) else None
-                cheap = _cheap(model, method.plan) if isinstance(method, Planned) else None
+                cheap = _cheap(model, method.plan, costs) if isinstance(method, Planned) else None
             times[name].append((attention, whole))
             if repeat:
                 continue
@@ -573,11 +577,24 @@ def _score_text(
     return list(found.values())
 
 
-def _cheap(model: Any, plan: Plan) -> float:
+def _costs_at(options: argparse.Namespace, n: int) -> dict[HeadSetting, float]:
+    """What settings of the ladder cost, as calibration measured it at n tokens or the next length below;
+    nothing where its measurements are not kept.
+    """
+    if not measured_file(options).is_file():
+        return {}
+    kept = json.loads(measured_file(options).read_text(encoding="utf-8"))["measured"]["costs"]
+    place = max((at for at, length in enumerate(kept["lengths"]) if length <= n), default=0)
+    return dict(zip(default_ladder(options.length), kept["costs"][place], strict=True))
+
+
+def _cheap(model: Any, plan: Plan, costs: dict[HeadSetting, float]) -> float:
     """The part of the heads that cost at most half of exact attention and did not fall back."""
     fallen = fallbacks_by_head(model)
     kept = [
-        head.setting is not None and head.cost <= 0.5 and not fallen[layer][number]
+        head.setting is not None
+        and costs.get(head.setting, head.cost) <= 0.5
+        and not fallen[layer][number]
         for layer, heads in enumerate(plan.heads)
         for number, head in enumerate(heads)
     ]

@@ -385,6 +385,29 @@ def test_nothing_is_stored_for_each_pair_of_tokens(options, d_v, monkeypatch):
     assert 8 * n < largest.entries < 0.15 * n * n
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"blocks": 2, "correction": True},
+        {"far_field": "segments", "num_segments": 32, "key_weights": True},
+        {"far_field": "segments", "blocks": 2, "num_segments": 32},
+        {"far_field": "conv"},
+        {"far_field": "segments", "blocks": 2, "num_segments": 32, "strict": True},
+    ],
+    ids=str,
+)
+def test_what_is_stored_grows_with_the_tokens(options, monkeypatch):
+    monkeypatch.setattr("convbasis.hybrid.piece._LOGITS", 1 << 18)
+    found = []
+    for n in (4096, 16384):
+        inputs = qkv(n, d=8, dtype=torch.float32)
+        with torch.no_grad(), Largest() as largest:
+            cb.hybrid_attention_stats(*inputs, window=64, columns=16, samples=32, **options)
+        found.append(largest.entries)
+    assert found[1] <= 4.4 * found[0]
+
+
 class TestInputErrors:
     @pytest.mark.parametrize(
         ("options", "message"),

@@ -85,19 +85,16 @@ def segment_keys(
         # Head by head: all at once they would be rounded in another way, and depend on each other.
         return joined([torch.einsum("rsl,sld->rsd", head[None], runs) for head in share])
 
-    # How many keys of each block a block of queries sees here.
-    by_block = numbers.unflatten(1, (total, BLOCK)).sum(-1)
-    visible = by_block[:, None].expand(heads, count, total)
-    visible = visible.masked_fill(torch.arange(total, device=device) >= before[:, None], 0.0)
-    if chosen is not None:
-        visible = torch.nn.functional.pad(visible, (0, 1)).scatter_(2, chosen, 0.0)[..., :total]
-
+    by_block = numbers.unflatten(1, (total, BLOCK)).sum(-1)  # keys that count here
     shared, gathered = [], []
     edge = before.div(span, rounding_mode="floor")  # whole segments before the window
     if whole and int(edge.max()):
         stop = whole * span
         keys = means(key, span * BLOCK, stop * BLOCK)
-        own = visible[..., :stop].unflatten(-1, (whole, span)).sum(-1)
+        own = by_block[:, :stop].unflatten(-1, (whole, span)).sum(-1)[:, None]
+        own = own.expand(heads, count, whole)
+        if chosen is not None:
+            own = _without_chosen(own, by_block, chosen, span)
         own = own.masked_fill(torch.arange(whole, device=device) >= edge[:, None], 0.0)
         bias = own.log_()
         if weighing is not None:
@@ -107,10 +104,24 @@ def segment_keys(
         index = edge[:, None] * span + torch.arange(span - 1, device=device)
         inside = index < before[:, None]
         index = index.clamp(max=total - 1).expand(heads, -1, -1)
-        own = visible.gather(2, index).masked_fill_(~inside, 0.0)
+        own = by_block.gather(1, index.flatten(1)).view_as(index)
+        if chosen is not None:
+            place = chosen - edge[:, None] * span
+            place = place.where((place >= 0) & (place < span - 1), span - 1)  # the others beside
+            own = torch.nn.functional.pad(own, (0, 1)).scatter_(2, place, 0.0)[..., : span - 1]
+        own = own.masked_fill(~inside, 0.0)
         pools = [means(x, BLOCK, total * BLOCK)[:, :, None] for x in (key, value)]
         gathered.append(Gathered(pools[0], pools[1], index, own.log_()))
     return shared, gathered
+
+
+def _without_chosen(own: Tensor, by_block: Tensor, chosen: Tensor, span: int) -> Tensor:
+    """Return the keys of segments of so many blocks ``(R, c, k)`` less those of chosen blocks."""
+    segments = own.shape[-1]
+    taken = torch.nn.functional.pad(by_block, (0, 1)).gather(1, chosen.flatten(1)).view_as(chosen)
+    place = chosen.div(span, rounding_mode="floor").clamp(max=segments)  # others in one more
+    left = torch.nn.functional.pad(own, (0, 1)).scatter_add_(2, place, -taken)
+    return left[..., :segments]
 
 
 def _sampled_weights(mass: Tensor, seen: Tensor) -> Tensor:
