@@ -578,7 +578,7 @@ def _score_text(
 
 
 def _costs_at(options: argparse.Namespace, n: int) -> dict[HeadSetting, float]:
-    """What settings of the ladder cost, as calibration measured it at n tokens or the next length below;
+    """What settings of the ladder cost, as calibration measured it at n tokens or the next fewer;
     nothing where its measurements are not kept.
     """
     if not measured_file(options).is_file():
