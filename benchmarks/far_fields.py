@@ -596,6 +596,43 @@ def table(rows: list[dict[str, Any]]) -> None:
             print(f"| {name} | {' | '.join(cells)} |")
 
 
+PAIRS = (
+    (SAMPLED[0], DROPPED),
+    ("conv, sampled, mass of segments", DROPPED),
+    ("conv, sampled, mass of segments", SEGMENTS),
+    ("segments, key weights and a kernel", SEGMENTS),
+    (ORACLE, "no kernel, oracle"),
+    (ORACLE, SEGMENTS),
+    (ORACLE, "segments, key weights, true row mass"),
+    ("conv, oracle, 64 kernels", "rows, oracle, 64 segments"),
+)
+
+
+def table_of_differences(records: list[dict[str, Any]]) -> None:
+    """Print by how much the error of one far field is larger than another's, in the mean over heads, and
+    without the head in which the oracle convolution is furthest from segments."""
+    print(
+        "\n| n | window | far field | beside | difference | better "
+        "| without the furthest head | better |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for n, window in sorted({(x["n"], x["window"]) for x in records}):
+        own = [x["errors"] for x in records if (x["n"], x["window"]) == (n, window)]
+        furthest = max(own, key=lambda errors: abs(errors[ORACLE] - errors[SEGMENTS]))
+        others = [errors for errors in own if errors is not furthest]
+        for pair in PAIRS:
+            if all(name in errors for errors in own for name in pair):
+                cells = [_difference(*pair, errors) for errors in (own, others) if errors]
+                print(f"| {n:,} | {window} | {' | '.join((*pair, *cells))} |")
+
+
+def _difference(ours: str, theirs: str, errors: list[dict[str, float]]) -> str:
+    values = torch.tensor([x[ours] - x[theirs] for x in errors], dtype=torch.float64)
+    low, high = interval(values)
+    better = f"{int((values < 0).sum())} of {len(values)}"
+    return f"{float(values.mean()):+.4f} ({low:+.4f} to {high:+.4f}) | {better}"
+
+
 def captured(text: str, n: int, layers: list[int]) -> dict[int, CapturedLayer]:
     if text == "code":
         library = Path(sysconfig.get_path("stdlib"))
@@ -659,6 +696,7 @@ def main() -> None:
             save()
     if records:
         table(summary(records))
+        table_of_differences(records)
 
 
 if __name__ == "__main__":
