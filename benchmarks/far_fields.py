@@ -609,7 +609,7 @@ PAIRS = (
 
 
 def table_of_differences(records: list[dict[str, Any]]) -> None:
-    """Print by how much the error of one far field is larger than another's, in the mean over heads, and
+    """Print by how much the error of one far field is larger than another's, in the mean over heads and
     without the head in which the oracle convolution is furthest from segments."""
     print(
         "\n| n | window | far field | beside | difference | better "
