@@ -221,11 +221,13 @@ def segment_fit(
     columns: Sequence[int],
     span: int,
     rows: Tensor,
+    length: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Weights of keys and corrections of segments of one head, from exact attention in a few rows.
 
-    A key weighs what those rows look at it before their windows, and a tenth of the mean. A correction
-    makes the weight of a segment right in the mean over the rows that see all of it.
+    A key weighs what those rows look at it before their windows, and a tenth of the mean over `length`
+    keys, by default n in whole blocks; with no rows all the same. A correction makes the weight of a
+    segment right in the mean over the rows, of which each sees the keys before its window.
     """
     query, key = query.double(), key.double()
     n = len(key)
@@ -234,17 +236,17 @@ def segment_fit(
     column[list(columns)] = True
     weights, lse = softmax_attention(exact_logits(query, key, scale), torch.eye(n))
     mass = torch.where(keys < first[rows, None], weights[rows], 0.0).sum(0).masked_fill(column, 0.0)
-    every = mass + 0.1 * mass.sum() / (-(-n // BLOCK) * BLOCK)
+    every = mass + 0.1 * mass.sum() / (-(-n // BLOCK) * BLOCK if length is None else length) + 1e-290
     every = every.masked_fill(column, 0.0)
     corrections = []
     for segment in range(-(-n // BLOCK) // span):
         part = slice(segment * span * BLOCK, (segment + 1) * span * BLOCK)
-        seen = rows[first[rows] >= part.stop]
         own = every[part] / every[part].sum().clamp(min=1e-300)
-        logit = query[seen] @ (own @ key[part]) * scale + (~column[part]).sum().double().log()
-        ours = (logit - lse[seen]).exp().sum()
-        exact = weights[seen][:, part].masked_fill(column[part], 0.0).sum()
-        none = len(seen) == 0 or not bool(exact > 0)
+        numbers = (~column[part] & (keys[part] < first[rows, None])).sum(1)
+        logit = query[rows] @ (own @ key[part]) * scale + numbers.double().log()
+        ours = (logit - lse[rows]).exp().sum()
+        exact = mass[part].sum()
+        none = not bool(numbers.any()) or not bool(exact > 0)
         corrections.append(torch.zeros(()) if none else (exact / ours).log().clamp(-10.0, 10.0))
     return every, torch.stack(corrections) if corrections else torch.zeros(0)
 

@@ -11,7 +11,7 @@ from oracle import qkv
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import convbasis as cb
-from convbasis.hybrid.group import blocks_before
+from convbasis.hybrid.group import first_keys
 from convbasis.hybrid.segments import segment_keys
 from convbasis.hybrid.window import Window
 
@@ -414,16 +414,15 @@ def test_what_is_stored_grows_with_the_tokens(options, monkeypatch):
 @pytest.mark.parametrize("blocks", [0, 2])
 def test_segments_keep_no_number_for_each_pair_of_blocks(blocks):
     n, generator = 1 << 16, torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(1, n, 4, generator=generator) for _ in range(3))
-    window = Window(64, 64)
-    before = blocks_before(window, 0, n, query.device)
+    key, value = (torch.randn(1, n, 4, generator=generator) for _ in range(2))
+    before = first_keys(Window(64, 64), 0, n, key.device) // 64
     chosen = None
     if blocks:
         chosen = torch.stack([before.div(blocks + 1 - i).long() for i in range(blocks)], dim=-1)[None]
         chosen = chosen.where(chosen < before[:, None], n // 64)
     seen = torch.zeros(1, n, dtype=torch.bool)
     with torch.no_grad(), Largest() as largest:
-        segment_keys(query, key, value, seen, chosen, before, 32, 0.5, None, window)
+        segment_keys(key, value, seen, chosen, before, 32, 0.5, None)
     assert 4 * n <= largest.entries < 8 * n
 
 

@@ -8,7 +8,6 @@ import convbasis as cb
 from convbasis.hybrid.exact import attend_exactly
 from convbasis.hybrid.heads import pieces_of_work
 from convbasis.hybrid.look import Look, first_sampled, in_order, rows_for_fits
-from convbasis.hybrid.segments import segment_length
 from convbasis.hybrid.settings import Settings
 from convbasis.hybrid.window import Window
 
@@ -65,14 +64,9 @@ def test_what_rows_say_is_what_dense_attention_says(kind, dtype):
     for head, own in enumerate(kind):
         window = Window(own.window, own.shared)
         assert torch.equal(found.fitted, rows_for_fits(window, N, 20, 3))
-        first = window.first(found.fitted).clamp(min=0)
-        length = segment_length(N, 4)
-        for mass, edge, counts in (
-            (found.before, first, fits[head]),
-            (found.whole, first // length * length, own.key_weights),
-        ):
-            seen = weights[head, found.fitted].masked_fill(torch.arange(N) >= edge[:, None], 0.0)
-            close(mass[head], seen.sum(0) * counts)
+        first = window.first(found.fitted)
+        seen = weights[head, found.fitted].masked_fill(torch.arange(N) >= first[:, None], 0.0)
+        close(found.before[head], seen.sum(0) * fits[head])
 
 
 def test_a_head_says_the_same_whatever_heads_are_beside_it():
@@ -81,7 +75,7 @@ def test_a_head_says_the_same_whatever_heads_are_beside_it():
     for head, own in enumerate(KINDS["with key weights"]):
         alone = looked((tensors[0][:, head : head + 1], *tensors[1:]), [own])
         one = mixed.of(slice(head, head + 1))
-        names = ("fitted", "before", "whole", "held", "exact")
+        names = ("fitted", "before", "held", "exact")
         for name in (*names, "lse") if own.key_weights else names:
             assert torch.allclose(getattr(alone, name), getattr(one, name), atol=1e-5), name
 

@@ -20,9 +20,21 @@ SMALL = {"window": 100, "columns": 9, "samples": 40}
 PLAIN = {**SMALL}
 BLOCKS = {**SMALL, "blocks": 2}
 SEGMENTS = {**SMALL, "far_field": "segments", "num_segments": 6}
+WEIGHED = {**SEGMENTS, "key_weights": True}
 EVERYTHING = {**SMALL, "blocks": 1, "far_field": "segments", "num_segments": 5, "seed": 3}
+ALSO_WEIGHED = {**EVERYTHING, "key_weights": True, "columns": 0}
 BARE = {"window": 1, "sinks": 0, "columns": 0, "blocks": 1}
-ALL = [PLAIN, BLOCKS, SEGMENTS, EVERYTHING, BARE, {**BARE, "far_field": "segments"}]
+ALL = [
+    PLAIN,
+    BLOCKS,
+    SEGMENTS,
+    WEIGHED,
+    EVERYTHING,
+    ALSO_WEIGHED,
+    BARE,
+    {**BARE, "far_field": "segments"},
+    {**BARE, "far_field": "segments", "num_segments": 1, "key_weights": True},
+]
 # At and beside the borders of blocks and stretches, and elsewhere.
 PLACES = [1, 63, 127, 128, 129, 300, 511, 512, 513, 575, 576, 577, 801, 1023, 1024, 1090]
 
@@ -57,7 +69,8 @@ def dense(query, key, value, settings):
     weights = logits.masked_fill(hidden, -torch.inf).softmax(-1)
     places = 2 * torch.randperm(BLOCK // 2, generator=gen(settings.seed))[:4]
     places = own_rows(places, 0, settings.seed)
-    mass = torch.zeros(n, dtype=torch.float64)
+    counted = Window(min(settings.window, BLOCK), settings.shared).first(torch.arange(n)).clamp(min=0)
+    mass, sampled = torch.zeros(n, dtype=torch.float64), []
     outputs, sums = [], []
     for begin in range(0, n, STRETCH):
         end = min(n, begin + STRETCH)
@@ -73,16 +86,22 @@ def dense(query, key, value, settings):
                 before = int(first[block * BLOCK]) // BLOCK
                 by_block = looked[: before * BLOCK].unflatten(0, (-1, BLOCK)).sum(1)
                 chosen[block] = by_block.topk(min(settings.blocks, before)).indices.tolist()
-        span = None
+        far = [None]
         if settings.far_field == "segments":
-            span = -(-(begin + STRETCH) // BLOCK // settings.num_segments)
-        known = (x[:end] for x in (query, key, value))
-        output, lse = reference.hybrid_attention(*known, scale, first[:end], columns, chosen, span)
+            far = [-(-(begin + STRETCH) // BLOCK // settings.num_segments)]
+        known = [x[:end] for x in (query, key, value)]
+        if settings.key_weights:
+            own = [x for x in columns if x < end]
+            rows = torch.tensor(sampled, dtype=torch.int64)
+            q, k = (x.detach() for x in known[:2])
+            far += reference.segment_fit(q, k, scale, counted, own, *far, rows, begin + STRETCH)
+        output, lse = reference.hybrid_attention(*known, scale, first[:end], columns, chosen, *far)
         outputs.append(output[begin:])
         sums.append(lse[begin:])
         if end == begin + STRETCH:
             for row in _stretch_rows(begin, settings, query.device).tolist():
-                mass[: first[row]] += weights[row, : first[row]]
+                mass[: counted[row]] += weights[row, : counted[row]]
+                sampled.append(row)
     return torch.cat(outputs), torch.cat(sums)
 
 
@@ -314,7 +333,8 @@ class TestChunks:
         want = torch.autograd.grad(whole, inputs, up)
         for a, b in zip(want, torch.autograd.grad(output, inputs, up), strict=True):
             assert (a - b).abs().max() <= 1e-10 * a.abs().max()
-        assert not any(x.requires_grad for own in state._running for x in own)
+        for own in state._running:
+            assert not any(x.requires_grad for x in (own.queries, *own.sampled))
 
     def test_each_chunk_has_its_own_estimate(self):
         query, key, value = qkv(N, d=8)
@@ -335,6 +355,8 @@ class TestChunks:
         for n in (100, 511, 512, 600, 1023, N):
             state = in_chunks([x[:, :, :n] for x in inputs], ends_of(90, n), **EVERYTHING)[2]
             assert state.numbers() <= 2 * (n + 511 * 8)
+            weighed = in_chunks([x[:, :, :n] for x in inputs], ends_of(90, n), **ALSO_WEIGHED)[2]
+            assert weighed.numbers() <= 2 * (n + 511 * 8) + n // 512 * 5 * (2 * 9 + 1) * 2
 
     def test_a_copy_goes_on_by_itself(self):
         one, other = qkv(900, d=8), [x.clone() for x in qkv(900, d=8)]
@@ -372,7 +394,6 @@ class TestErrors:
                 {"far_field": "conv"},
                 "far_field='conv' with strict=True: its factors are fitted to rows",
             ),
-            ({"far_field": "segments", "key_weights": True}, "key_weights=True with strict=True"),
             ({"correction": True}, "correction=True with strict=True: the rows that correct a block"),
         ],
         ids=str,

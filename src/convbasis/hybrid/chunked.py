@@ -33,9 +33,10 @@ class HybridState:
     """What `hybrid_attention` with strict=True knows of the tokens so far, for a prompt in chunks.
 
     Chunks of any sizes give the rows that one call for all tokens gives, up to rounding. A state is for
-    one layer and one batch of sequences without padding. It holds one weight for each key and head, and
-    the last 511 queries at most, not the keys and values, of which each chunk needs all. ``copy.copy``
-    gives a state that goes on by itself, from the same tokens.
+    one layer and one batch of sequences without padding. It holds one weight for each key and head, the
+    last 511 queries at most, and with key weights ``samples / 8`` of every 512; not the keys and
+    values, of which each chunk needs all. ``copy.copy`` gives a state that goes on by itself, from the
+    same tokens.
 
     Args:
         window: see `hybrid_attention`, as all that follow.
@@ -44,8 +45,10 @@ class HybridState:
         blocks: blocks of 64 keys for each block of 64 queries.
         far_field: ``"none"`` or ``"segments"``.
         num_segments: at most that many segments.
-        samples: rows of exact attention for the estimate of each chunk; an eighth of them for columns,
-            in each stretch.
+        key_weights: weigh the keys of a segment, and the segments, by what sampled rows of earlier
+            stretches looked at.
+        samples: rows of exact attention for the estimate of each chunk; an eighth of them for columns
+            and weights, in each stretch.
         scale: factor of the logits; ``1/sqrt(d)`` by default.
         enable_gqa: allow H to be a multiple of H_kv.
         seed: of all samples.
@@ -80,6 +83,7 @@ class HybridState:
         blocks: int = 0,
         far_field: str = "none",
         num_segments: int = 128,
+        key_weights: bool = False,
         samples: int = 64,
         scale: float | None = None,
         enable_gqa: bool = False,
@@ -87,7 +91,7 @@ class HybridState:
     ) -> None:
         """Make the state before the first token."""
         self._settings = Settings(
-            window, sinks, columns, blocks, far_field, num_segments, False, samples, seed, True
+            window, sinks, columns, blocks, far_field, num_segments, key_weights, samples, seed, True
         )
         check_settings(self._settings)
         check_scale(scale, 1)
@@ -124,7 +128,7 @@ class HybridState:
 
     def numbers(self) -> int:
         """Return how many numbers the state holds."""
-        return sum(tensor.numel() for own in self._running or () for tensor in own)
+        return sum(own.numbers() for own in self._running or ())
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, estimated: bool) -> HybridStats:
         check_qkv(query, key, value, self._enable_gqa, past=self._length)

@@ -21,7 +21,7 @@ from .rows import with_gradient
 from .sampling import sampled_rows
 from .scaled_conv import conv_attention
 from .scaled_lowrank import lowrank_far_attention
-from .segments import segment_keys
+from .segments import Weighing, segment_keys
 from .selection import block_keys, heaviest, heavy_blocks, seen_columns
 from .settings import Settings
 from .window import BLOCK, Window, window_attention
@@ -104,7 +104,7 @@ def attend_group(
     columns = heaviest(looked.before, n, settings.sinks, settings.columns)
     count = len(looked.fitted)
     if settings.shared > 1:
-        weighing = looked if settings.key_weights else None
+        weighing = _weighing(query, looked, window) if settings.key_weights else None
         beyond, known = _beyond(query, key, value, columns, settings, scale, weighing)
         _near_and_beyond(rows, query, key, value, window, beyond, scale)
         parts += beyond.parts
@@ -134,6 +134,12 @@ def attend_group(
     if last_rows:
         output = _with_last_rows(query, key, value, output, scale, looked.last)
     return Group(output, lse, *no_estimate(query), tuple(parts), float(keys), count, found)
+
+
+def _weighing(query: Tensor, looked: Looked, window: Window) -> Weighing:
+    """Return what weighs keys before the windows, from the rows for fits."""
+    rows = looked.fitted
+    return Weighing(query.index_select(1, rows), window.first(rows), looked.lse, looked.before)
 
 
 def _near_and_columns(
@@ -179,7 +185,7 @@ def _beyond(
     columns: Tensor,
     settings: Settings,
     scale: float,
-    weighing: Looked | None,
+    weighing: Weighing | None,
 ) -> tuple[Beyond, Tensor | None]:
     """Return the keys before the windows of all queries, see `keys_beyond`; and exact attention of the
     rows that correct others, if they have chosen blocks.
@@ -187,16 +193,16 @@ def _beyond(
     n = query.shape[1]
     q = lengthened(query, -(-n // settings.shared) * settings.shared)
     k, v = (lengthened(tensor, -(-n // BLOCK) * BLOCK) for tensor in (key, value))
+    window = Window(settings.window, settings.shared)
+    first = first_keys(window, 0, q.shape[1], query.device)
     chosen = exact = None
     if settings.blocks:
-        window = Window(settings.window, settings.shared)
         with torch.no_grad():
-            before = blocks_before(window, 0, q.shape[1], query.device)
             chosen, exact = heavy_blocks(
                 q,
                 k,
                 columns,
-                before,
+                first.div(BLOCK, rounding_mode="floor"),
                 settings.blocks,
                 window.shared,
                 scale,
@@ -204,7 +210,7 @@ def _beyond(
                 real=n,
                 value=v if settings.correction else None,
             )
-    return keys_beyond(q, k, v, n, 0, columns, chosen, settings, scale, weighing), exact
+    return keys_beyond(k, v, n, first, columns, chosen, settings, scale, weighing), exact
 
 
 def _near_and_beyond(
@@ -259,34 +265,30 @@ def nothing(query: Tensor, value: Tensor) -> Group:
 
 
 def keys_beyond(
-    query: Tensor,
     key: Tensor,
     value: Tensor,
     n: int,
-    offset: int,
+    first: Tensor,
     columns: Tensor,
     chosen: Tensor | None,
     settings: Settings,
     scale: float,
-    weighing: Looked | None,
+    weighing: Weighing | None,
 ) -> Beyond:
     """Return the columns, chosen blocks and segments before the windows of blocks of queries.
 
     Args:
-        query: ``(R, c·w, d)``, whole blocks, of w = settings.shared queries, from token offset on.
         key: ``(1, b·64, d)``, whole blocks.
         value: ``(1, b·64, d_v)``.
         n: number of keys; what follows is 0.
-        offset: position of the first query, at the edge of a block.
+        first: ``(c,)``, the first key in the window of each block of queries.
         columns: positions ``(R, ·)``, n or more for none.
         chosen: ``(R, c, B)`` blocks of keys, b for none; None without blocks.
         settings: which parts there are.
         scale: factor of the logits.
         weighing: what weighs the keys of segments; None for equal weights.
     """
-    window = Window(settings.window, settings.shared)
     length = key.shape[1]
-    first = first_keys(window, offset, offset + query.shape[1], query.device)
     before = first.div(BLOCK, rounding_mode="floor")
     seen = seen_columns(columns, n, length)
     shared, gathered, parts = [], list[Gathered](), []
@@ -300,9 +302,7 @@ def keys_beyond(
         elsewhere = seen.clone()
         elsewhere[:, n:] = True
         segments = settings.num_segments
-        found = segment_keys(
-            query, key, value, elsewhere, chosen, before, segments, scale, weighing, window
-        )
+        found = segment_keys(key, value, elsewhere, chosen, before, segments, scale, weighing)
         shared.extend(found[0])
         gathered.extend(found[1])
         parts.append("segments")
@@ -317,11 +317,6 @@ def keys_beyond(
 def first_keys(window: Window, low: int, high: int, device: torch.device) -> Tensor:
     """Return the first key in the windows of blocks of queries of low .. high; nobody writes to it."""
     return window.first(torch.arange(low, high, window.shared, device=device)).clamp(min=0)
-
-
-def blocks_before(window: Window, low: int, high: int, device: torch.device) -> Tensor:
-    """Return how many blocks of keys lie before the window of each block of queries of low .. high."""
-    return first_keys(window, low, high, device).div(BLOCK, rounding_mode="floor")
 
 
 def lengthened(tensor: Tensor, length: int) -> Tensor:

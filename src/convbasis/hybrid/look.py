@@ -16,7 +16,6 @@ from torch import Tensor
 from ..kept import kept
 from .rows import Part, attend_part, in_parts
 from .sampling import some_rows
-from .segments import segment_length
 from .settings import Settings
 from .window import Window
 
@@ -37,9 +36,6 @@ class Looked(NamedTuple):
     """``(R, s)``, of the rows for fits; none if no key weights are wanted."""
     before: Tensor
     """``(R, n)``, weights of keys, summed over the rows for fits that have them before their window."""
-    whole: Tensor
-    """``(R, n)``, the same over rows that have the whole segment of a key before their window; 0 for
-    heads without key weights."""
     held: Tensor
     """``(e,)`` rows for estimates, increasing; none if there is no estimate."""
     exact: Tensor
@@ -49,9 +45,9 @@ class Looked(NamedTuple):
 
     def of(self, heads: slice) -> Looked:
         """Return what is said of some of the heads."""
-        lse, before, whole = self.lse[heads], self.before[heads], self.whole[heads]
+        lse, before = self.lse[heads], self.before[heads]
         exact, last = self.exact[heads], self.last[heads]
-        return Looked(self.begin, self.fitted, lse, before, whole, self.held, exact, last)
+        return Looked(self.begin, self.fitted, lse, before, self.held, exact, last)
 
 
 class _Edge(NamedTuple):
@@ -121,18 +117,11 @@ class Look:
         self._query, self._value = query, value
         self._begin = first_sampled(Window(settings[0].window, settings[0].shared), n)
         rows = _Rows(self._begin, n, samples, seed, query.dtype, query.device)
-        kinds: dict[tuple[Window, int], list[int]] = {}
+        kinds: dict[Window, list[int]] = {}
         for head, own in enumerate(settings):
             if own.columns or own.key_weights or own.far_field in FITTED:
-                length = segment_length(n, own.num_segments) if own.key_weights else 0
-                kinds.setdefault((Window(own.window, own.shared), length), []).append(head)
-        self._kinds = [
-            (
-                in_order(heads),
-                [_edges(window, size, rows) for size in ((1, length) if length else (1,))],
-            )
-            for (window, length), heads in kinds.items()
-        ]
+                kinds.setdefault(Window(own.window, own.shared), []).append(head)
+        self._kinds = [(in_order(heads), _edges(window, rows)) for window, heads in kinds.items()]
         self._fits = _parts(rows, "fitted") if kinds else []
         self._held = _parts(rows, "held") if estimated else []
         latest = _Rows(max(0, n - last_rows), n, 0, 0, query.dtype, query.device)
@@ -152,18 +141,16 @@ class Look:
         """Return what the results of the jobs, in their order, say together."""
         fits, held = len(self._fits), len(self._held)
         query, heads = self._query, len(self._query)
-        before, whole = (query.new_zeros((heads, query.shape[1] if fits else 0)) for _ in range(2))
+        before = query.new_zeros((heads, query.shape[1] if fits else 0))
         for _, masses in done[:fits]:
             for (members, _), mass in zip(self._kinds, masses, strict=True):
-                for total, own in zip((before, whole), mass, strict=False):
-                    total[members, : own.shape[-1]] += own
+                before[members, : mass.shape[-1]] += mass
         nothing = self._value.new_zeros((heads, 0, self._value.shape[-1]))
         return Looked(
             self._begin,
             _rows_of(self._fits, query.device),
             torch.cat([query.new_zeros((heads, 0)), *(lse for lse, _ in done[:fits])], dim=1),
             before,
-            whole,
             _rows_of(self._held, query.device),
             torch.cat([nothing, *done[fits : fits + held]], dim=1),
             torch.cat([nothing, *done[fits + held :]], dim=1),
@@ -202,12 +189,11 @@ def _make_parts(rows: _Rows, what: str) -> list[Part]:
     return in_parts(own.to(rows.device), size, rows.dtype, masked=masked)
 
 
-def _make_edges(window: Window, length: int, rows: _Rows) -> list[_Edge]:
-    """Return for each part of the rows for fits which keys count: those in whole stretches of a length
-    before the window."""
+def _make_edges(window: Window, rows: _Rows) -> list[_Edge]:
+    """Return for each part of the rows for fits which keys count: those before the window."""
     found = []
     for part in _parts(rows, "fitted"):
-        stops = window.first(part.rows).clamp(min=0).div(length, rounding_mode="floor") * length
+        stops = window.first(part.rows).clamp(min=0)
         low, high = int(stops[0]), int(stops[-1])
         counted = (torch.arange(low, high, device=rows.device) < stops[:, None]).to(rows.dtype)
         found.append(_Edge(low, high, counted))
@@ -222,8 +208,8 @@ def _parts(rows: _Rows, what: str) -> list[Part]:
     return (_kept_parts if rows.n <= _LONGEST_KEPT else _make_parts)(rows, what)
 
 
-def _edges(window: Window, length: int, rows: _Rows) -> list[_Edge]:
-    return (_kept_edges if rows.n <= _LONGEST_KEPT else _make_edges)(window, length, rows)
+def _edges(window: Window, rows: _Rows) -> list[_Edge]:
+    return (_kept_edges if rows.n <= _LONGEST_KEPT else _make_edges)(window, rows)
 
 
 @torch.no_grad()
@@ -232,12 +218,12 @@ def _weigh(
     key: Tensor,
     scale: float,
     part: Part,
-    kinds: Sequence[tuple[slice | list[int], Sequence[Sequence[_Edge]]]],
+    kinds: Sequence[tuple[slice | list[int], Sequence[_Edge]]],
     place: int,
     weighed: bool,
-) -> tuple[Tensor, list[list[Tensor]]]:
+) -> tuple[Tensor, list[Tensor]]:
     """Return the log-sum-exp ``(R, s)`` of some rows, ``(R, 0)`` if it is not wanted, and for each kind
-    of head and edge the weights of the keys ``(heads, ·)`` that count, summed over the rows.
+    of head the weights of the keys ``(heads, ·)`` that count, summed over the rows.
     """
     own = (query[:, part.rows] * scale).flatten(0, 1)
     logits = (own @ key[0, : part.end].t()).unflatten(0, (len(query), -1))
@@ -247,15 +233,12 @@ def _weigh(
     lse = logits.amax(-1) - weights.amax(-1).log() if weighed else logits.new_empty((len(query), 0))
     total, found = weights.sum(1), []
     for members, edges in kinds:
-        of_kind = []
-        for edge in edges:
-            low, high, counted = edge[place]
-            mass = total[members, :low]
-            if low < high:
-                rest = (weights[members, :, low:high] * counted).sum(1)
-                mass = torch.cat([mass, rest], dim=1)
-            of_kind.append(mass)
-        found.append(of_kind)
+        low, high, counted = edges[place]
+        mass = total[members, :low]
+        if low < high:
+            rest = (weights[members, :, low:high] * counted).sum(1)
+            mass = torch.cat([mass, rest], dim=1)
+        found.append(mass)
     return lse, found
 
 

@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .beyond import Gathered, Shared
 from .joined import joined
-from .window import BLOCK, Window
+from .window import BLOCK
 
 
-class Weighing(Protocol):
-    """What weighs the keys of segments, from exact attention of s sampled rows."""
+class Weighing(NamedTuple):
+    """What weighs the keys of segments: exact attention of s sampled rows."""
 
-    @property
-    def fitted(self) -> Tensor:
-        """``(s,)`` positions, increasing."""
-
-    @property
-    def lse(self) -> Tensor:
-        """``(R, s)``."""
-
-    @property
-    def before(self) -> Tensor:
-        """``(R, n)``, weights of the keys before the windows of the rows."""
-
-    @property
-    def whole(self) -> Tensor:
-        """``(R, n)``, the same in rows that have the whole segment of a key before their windows."""
+    query: Tensor
+    """``(R, s, d)``."""
+    first: Tensor
+    """``(s,)``, the first key in the window of each."""
+    lse: Tensor
+    """``(R, s)``."""
+    mass: Tensor
+    """``(R, p)``, weights of the first keys, each summed over the rows that have it before their
+    windows; 0 for those that follow."""
 
 
 def segment_length(n: int, num_segments: int) -> int:
@@ -39,7 +33,6 @@ def segment_length(n: int, num_segments: int) -> int:
 
 
 def segment_keys(
-    query: Tensor,
     key: Tensor,
     value: Tensor,
     seen: Tensor,
@@ -48,7 +41,6 @@ def segment_keys(
     num_segments: int,
     scale: float,
     weighing: Weighing | None,
-    window: Window,
 ) -> tuple[list[Shared], list[Gathered]]:
     """Return means of segments as keys of blocks of queries, for the keys that nothing else sees.
 
@@ -56,7 +48,6 @@ def segment_keys(
     each for itself, so that a query sees nothing after its own token.
 
     Args:
-        query: ``(R, c·w, d)``, whole blocks of w queries.
         key: ``(1, b·64, d)``, whole blocks; 0 past the end.
         value: ``(1, b·64, d_v)``, the same.
         seen: ``(R, b·64)``, True for keys that count elsewhere, or are past the end.
@@ -65,17 +56,15 @@ def segment_keys(
         num_segments: at most that many of them.
         scale: factor of the logits.
         weighing: what weighs the keys of a segment, and the segment as a whole; None for equal weights.
-        window: the aligned window.
 
     Complexity: O(n d) time, and O(k + n / (64 k)) keys for k segments.
     """
-    heads, total = len(query), key.shape[1] // BLOCK
-    count = query.shape[1] // window.shared
+    heads, total, count = len(seen), key.shape[1] // BLOCK, len(before)
     span = segment_length(total * BLOCK, num_segments) // BLOCK
     whole = total // span
-    device = query.device
-    numbers = (~seen).to(query.dtype)
-    weights = numbers if weighing is None else _sampled_weights(weighing.before, seen)
+    device = key.device
+    numbers = (~seen).to(key.dtype)
+    weights = numbers if weighing is None else _sampled_weights(weighing.mass, seen)
 
     def means(tensor: Tensor, length: int, stop: int) -> Tensor:
         """Return the weighted means over runs of keys, ``(R, runs, ·)``."""
@@ -98,7 +87,7 @@ def segment_keys(
         own = own.masked_fill(torch.arange(whole, device=device) >= edge[:, None], 0.0)
         bias = own.log_()
         if weighing is not None:
-            bias += _corrections(query, keys, weighing, window, span, seen, scale)[:, None]
+            bias += _corrections(keys.detach(), weighing, span, seen, scale)[:, None]
         shared.append(Shared(keys, means(value, span * BLOCK, stop * BLOCK), bias))
     if span > 1:
         index = edge[:, None] * span + torch.arange(span - 1, device=device)
@@ -132,32 +121,25 @@ def _sampled_weights(mass: Tensor, seen: Tensor) -> Tensor:
     return (mass + floor).masked_fill(seen, 0.0)
 
 
-def _corrections(
-    query: Tensor,
-    keys: Tensor,
-    weighing: Weighing,
-    window: Window,
-    span: int,
-    seen: Tensor,
-    scale: float,
-) -> Tensor:
+@torch.no_grad()
+def _corrections(keys: Tensor, weighing: Weighing, span: int, seen: Tensor, scale: float) -> Tensor:
     """Return what makes the weight of segments right in the mean over sampled rows, in nats ``(R, k)``.
 
-    It is relative to the mean key's logit plus the logarithm of the number of keys.
+    It is relative to the mean key's logit plus the logarithm of the number of keys. A row counts for a
+    segment with the keys that it has before its window.
     """
-    length = span * BLOCK
-    segments = keys.shape[1]
+    length, segments = span * BLOCK, keys.shape[1]
     stop = segments * length
-    rows = weighing.fitted
-    edge = window.first(rows).clamp(min=0).div(length, rounding_mode="floor")
-    open_to = torch.arange(segments, device=rows.device) < edge[:, None]  # (s, k)
-    whole = torch.nn.functional.pad(weighing.whole, (0, max(0, stop - weighing.whole.shape[-1])))
-    exact = whole[:, :stop].masked_fill(seen[:, :stop], 0.0).unflatten(-1, (segments, length)).sum(-1)
-    numbers = (~seen[:, :stop]).unflatten(1, (segments, length)).sum(-1).to(exact.dtype)
-    own = query.index_select(1, rows)
-    logits = joined([x[None] @ y.mT[None] for x, y in zip(own, keys, strict=True)])
-    logits = logits * scale + numbers.log()[:, None]
-    model = (logits - weighing.lse[..., None]).exp() * open_to
+    mass = torch.nn.functional.pad(weighing.mass, (0, max(0, stop - weighing.mass.shape[-1])))
+    exact = mass[:, :stop].masked_fill(seen[:, :stop], 0.0).unflatten(-1, (segments, length)).sum(-1)
+    # Keys that count here, of each segment before the windows of rows.
+    so_far = torch.nn.functional.pad((~seen[:, :stop]).long().cumsum(-1), (1, 0))
+    begin = torch.arange(0, stop, length, device=keys.device)
+    edge = weighing.first[:, None].clamp(begin, begin + length)  # (s, k)
+    numbers = (so_far[:, edge] - so_far[:, None, begin]).to(exact.dtype)
+    logits = joined([x[None] @ y.mT[None] for x, y in zip(weighing.query, keys, strict=True)])
+    logits = logits * scale + numbers.log()
+    model = (logits - weighing.lse[..., None]).exp().sum(1)
     tiny = torch.finfo(exact.dtype).tiny
-    found = exact.clamp(min=tiny).log() - model.sum(1).clamp(min=tiny).log()
-    return found.masked_fill(~open_to.any(0), 0.0).detach().clamp(-10.0, 10.0)
+    found = exact.clamp(min=tiny).log() - model.clamp(min=tiny).log()
+    return found.masked_fill((numbers == 0).all(1), 0.0).clamp(-10.0, 10.0)

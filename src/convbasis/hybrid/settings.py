@@ -75,11 +75,6 @@ def check_settings(settings: Settings) -> None:
             "cannot leave out keys that a block of queries has chosen, and its factors are fitted to "
             "rows of the whole prompt; use far_field='segments', or blocks=0 and strict=False"
         )
-    if settings.strict and settings.key_weights:
-        raise InputError(
-            "key_weights=True with strict=True: the weights are of rows of the whole prompt; "
-            "use key_weights=False"
-        )
     if settings.strict and settings.correction:
         raise InputError(
             "correction=True with strict=True: the rows that correct a block of rows are its own, "

@@ -1,8 +1,9 @@
 """Strictly causal choices: what a query sees is chosen from what came before, in stretches of tokens.
 
-The columns of a stretch come from sampled rows of the stretches before it, the blocks of a block of
-queries from rows of the block before. All places are absolute, and each choice is made from the same
-numbers in the same shapes whatever the number of tokens: a prompt may come in chunks.
+The columns of a stretch and the weights of keys in it come from sampled rows of the stretches before
+it, the blocks of a block of queries from rows of the block before. All places are absolute, and each
+choice is made from the same numbers in the same shapes whatever the number of tokens: a prompt may come
+in chunks.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from .columns import column_attention
 from .estimate import error_bound
 from .group import (
     Group,
-    blocks_before,
+    first_keys,
     keys_beyond,
     lengthened,
     no_estimate,
@@ -25,6 +26,7 @@ from .group import (
 from .piece import merge
 from .rows import exact_rows
 from .sampling import own_rows, sampled_rows, some_rows
+from .segments import Weighing
 from .selection import heaviest, heavy_blocks
 from .settings import Settings
 from .window import BLOCK, Window, window_attention
@@ -37,15 +39,22 @@ _SHARE = 8
 class Running(NamedTuple):
     """What the choices of later tokens are made from, of R heads of one key-value head."""
 
-    mass: Tensor
-    """``(R, s·512)``, weights of keys before the windows of sampled rows of whole stretches."""
+    sampled: Weighing
+    """The sampled rows of whole stretches, with keys a block and more before them; nothing but the mass
+    of keys without key weights."""
     queries: Tensor
     """``(R, q, d)``, the last queries: of the stretch that is not over, and of the last blocks."""
+
+    def numbers(self) -> int:
+        """Return how many numbers these are."""
+        return self.queries.numel() + sum(tensor.numel() for tensor in self.sampled)
 
 
 def at_the_start(query: Tensor) -> Running:
     """Return what is known before the first of queries ``(R, m, d)``."""
-    return Running(query.new_zeros((len(query), 0)), query.new_zeros((len(query), 0, query.shape[-1])))
+    nothing, none = query.new_zeros((len(query), 0)), query.new_zeros((len(query), 0, query.shape[-1]))
+    first = torch.empty(0, dtype=torch.int64, device=query.device)
+    return Running(Weighing(none, first, nothing, nothing), none)
 
 
 def attend_strictly(
@@ -63,7 +72,7 @@ def attend_strictly(
         query: ``(R, m, d)``, of the last m tokens.
         key: ``(1, n, d)``, of all tokens.
         value: ``(1, n, d_v)``.
-        settings: far_field is "none" or "segments", without key_weights.
+        settings: far_field is "none" or "segments".
         scale: factor of the logits.
         estimated: whether to estimate the error.
         running: what the tokens before have left.
@@ -79,27 +88,23 @@ def attend_strictly(
     if running.queries.shape[1]:
         queries = torch.cat([running.queries, queries], dim=1)
     first = n - queries.shape[1]
-    mass = running.mass
+    known = running._replace(queries=queries)
     pieces, parts, keys, rows = [], ["window"], 0.0, 0
     for begin in range(offset // STRETCH * STRETCH, n, STRETCH):
         end = begin + STRETCH
         low, high = max(offset, begin, window.begin), min(n, end)
         if low < high:
-            columns = heaviest(mass, end, settings.sinks, settings.columns)
-            own = (query, key, value, queries, columns, settings, scale)
+            columns = heaviest(known.sampled.mass, end, settings.sinks, settings.columns)
+            own = (query, key, value, known, columns, settings, scale)
             more, more_lse, names, count = _far_rows(*own, low, high)
             pieces.append((low, high, more, more_lse))
             parts += [name for name in names if name not in parts]
             keys += count * (high - low)
-        if high == end and settings.columns:
-            with torch.no_grad():
-                sampled = _stretch_rows(begin, settings, query.device)
-                known = key[:, :end].detach()
-                exact = sampled_rows(queries, known, sampled, scale, first)
-                mass = lengthened(mass[..., None], end)[..., 0] + exact.mass_before(
-                    window.first(sampled)
-                )
-            rows += len(sampled)
+        if n >= end and (settings.columns or settings.key_weights):
+            more_rows = _stretch_rows(begin, settings, query.device)
+            found = _weigh(known, key[:, :end].detach(), more_rows, first, settings, scale)
+            known = known._replace(sampled=found)
+            rows += len(more_rows)
     output, lse = _merged(output, lse, pieces, offset)
     mean, bound = no_estimate(query)
     if estimated and n > window.begin:
@@ -107,15 +112,50 @@ def attend_strictly(
         rows += held
     per_query = min(n, settings.window) + keys / m
     kept = min(n // STRETCH * STRETCH, max(0, n // BLOCK - 1) * BLOCK)
-    left = Running(mass, queries[:, kept - first :].clone())
+    left = known._replace(queries=queries[:, kept - first :].clone())
     return Group(output, lse, mean, bound, tuple(parts), per_query, rows), left
+
+
+def _counted(settings: Settings) -> Window:
+    """Return the window before which the keys of a sampled row count: of a block, where the window of
+    attention is longer, since what a row has there lies beyond the windows of the next stretch.
+    """
+    return Window(min(settings.window, BLOCK), settings.shared)
+
+
+@torch.no_grad()
+def _weigh(
+    running: Running, key: Tensor, rows: Tensor, first: int, settings: Settings, scale: float
+) -> Weighing:
+    """Return the sampled rows so far with those of the stretch that ends with the last key.
+
+    Args:
+        running: what is known without them.
+        key: ``(1, n, d)``.
+        rows: ``(r,)`` positions, increasing.
+        first: position of the first of the last queries.
+        settings: window, and whether keys are weighed.
+        scale: factor of the logits.
+    """
+    exact = sampled_rows(running.queries, key, rows, scale, first)
+    before = _counted(settings).first(rows)
+    so_far = running.sampled
+    mass = lengthened(so_far.mass[..., None], key.shape[1])[..., 0] + exact.mass_before(before)
+    if not settings.key_weights:
+        return so_far._replace(mass=mass)
+    return Weighing(
+        torch.cat([so_far.query, running.queries[:, rows - first]], dim=1),
+        torch.cat([so_far.first, before]),
+        torch.cat([so_far.lse, exact.lse], dim=1),
+        mass,
+    )
 
 
 def _far_rows(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    queries: Tensor,
+    running: Running,
     columns: Tensor,
     settings: Settings,
     scale: float,
@@ -143,18 +183,18 @@ def _far_rows(
     end = -(-high // STRETCH) * STRETCH
     blocks = torch.nn.functional.pad(rows, (0, 0, low - edge, last - high))
     known_key, known_value = (lengthened(tensor[:, :high], end) for tensor in (key, value))
+    first = first_keys(window, edge, last, query.device)
     chosen = None
     if settings.blocks:
         with torch.no_grad():
-            begin = n - queries.shape[1]
-            earlier = queries[:, edge - BLOCK - begin : last - BLOCK - begin]
-            before = blocks_before(window, edge, last, query.device)
+            begin = n - running.queries.shape[1]
+            earlier = running.queries[:, edge - BLOCK - begin : last - BLOCK - begin]
             # One block at a time: the same numbers in chunks of any size.
             chosen = heavy_blocks(
                 earlier,
                 known_key,
                 columns,
-                before,
+                first.div(BLOCK, rounding_mode="floor"),
                 settings.blocks,
                 BLOCK,
                 scale,
@@ -163,8 +203,9 @@ def _far_rows(
                 together=1,
                 each=True,
             ).blocks
+    weighing = running.sampled if settings.key_weights else None
     beyond = keys_beyond(
-        blocks, known_key, known_value, high, edge, columns, chosen, settings, scale, None
+        known_key, known_value, high, first, columns, chosen, settings, scale, weighing
     )
     output, lse = attention_beyond(blocks, BLOCK, beyond.shared, beyond.gathered, scale)
     part = slice(low - edge, high - edge)

@@ -21,8 +21,8 @@ class ChunkedLayer:
         """Begin a prompt.
 
         Args:
-            heads: the plan of each head. Key weights and corrections need the whole prompt and are left
-                out; so is a convolution.
+            heads: the plan of each head. Corrections need the whole prompt and are left out; so are
+                convolutions and low-rank factors.
             n: tokens that the sizes of settings are stated for: how long the prompt will be is unknown.
             scale: factor of the logits.
         """
@@ -39,6 +39,7 @@ class ChunkedLayer:
                     columns=sizes.columns,
                     blocks=sizes.blocks,
                     far_field=sizes.far_field,
+                    key_weights=sizes.key_weights,
                     scale=scale,
                     enable_gqa=True,
                 ),
@@ -90,4 +91,4 @@ class ChunkedLayer:
 def _strictly(sizes: ConcreteSetting) -> ConcreteSetting:
     """Return what a setting computes where later tokens are unknown."""
     far = "none" if sizes.far_field in ("conv", "lowrank") else sizes.far_field
-    return sizes._replace(far_field=far, key_weights=False, correction=False)
+    return sizes._replace(far_field=far, correction=False)
