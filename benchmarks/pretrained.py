@@ -7,6 +7,7 @@
     python benchmarks/pretrained.py bounds [--kinds "source code" licences]
     python benchmarks/pretrained.py passkey [--lengths 2048 4096 8192]
     python benchmarks/pretrained.py long [--lengths 32768]
+    python benchmarks/pretrained.py chunks [--lengths 8192] [--sizes 1024 2048 4096]
 
 `calibrate` makes a plan for SmolLM2-135M from English prose and keeps it beside the results; it goes on
 where it was stopped. `score` takes other texts: n - 512 tokens are the prompt, attended to by the plan,
@@ -21,6 +22,8 @@ to approximate, in nats, with a bootstrap interval over stretches of 32 tokens; 
 calls of attention in the prompt, fits, choices and estimates included, and of the whole prompt. Methods
 take turns; a ratio is of medians. `passkey` hides five digits at several depths of prose and asks for
 them. `long` gives the plan a prompt beyond the model's positions, which are stretched, and times it.
+`chunks` scores as `score` does, with prompts in chunks of so many tokens beside whole ones; times are
+beside exact attention in the same chunks.
 """
 
 from __future__ import annotations
@@ -633,11 +636,7 @@ def table(rows: list[dict[str, Any]]) -> None:
             by_text = _by_text(own)
             worst = max(abs(row["loss_ratio"] - 1) for row in by_text)
             kl, low, high = _interval([row["kl_by_stretch"] for row in own])
-            kept = [
-                r["heads_approximated"] / sum(r[k] for k in r if k != "prefills")
-                for r in (row["report"] for row in own)
-                if r is not None
-            ]
+            kept = [_kept(row["report"]) for row in own if row["report"] is not None]
             cheap = mean("cheap") if kept else 0.0
             fallen = [
                 r["heads_fallen_back"] / sum(r[k] for k in r if k != "prefills")
@@ -653,6 +652,107 @@ def table(rows: list[dict[str, Any]]) -> None:
                 f"| {'' if not kept else f'{cheap:.1%}'} "
                 f"| {'' if not kept else f'{statistics.fmean(fallen):.1%}'} |"
             )
+
+
+@torch.no_grad()
+def chunks(options: argparse.Namespace) -> None:
+    """The plan with prompts in chunks, strictly causal, beside the same prompts in one call."""
+    loaded = load_smollm2()
+    model, plan = loaded.model, Plan.load(plan_file(options))
+    plain = uniform(plan, HeadSetting(768, 4, 60))
+    rows = []
+    for n, (text, content) in itertools.product(options.lengths, texts(options.text).items()):
+        if options.kinds and text not in options.kinds:
+            continue
+        ids = token_ids(loaded.tokenizer, content, n)
+        runs: dict[tuple[int, str], list[tuple[torch.Tensor, float, float, Any]]] = {}
+        with timed_attention(model) as clock:
+            for _ in range(options.repeats):
+                for size in (n, *options.sizes):
+                    for name, method in (("exact", None), ("plan", plan), ("one setting", plain)):
+                        if name != "one setting" or size < n:
+                            found = _in_chunks(model, ids, size, method, name == "plan", clock)
+                            runs.setdefault((size, name), []).append(found)
+        exact = runs[n, "exact"][0][0]
+        for (size, name), found in runs.items():
+            seconds = [statistics.median(run[i] for run in found) for i in (1, 2)]
+            base = [statistics.median(run[i] for run in runs[size, "exact"]) for i in (1, 2)]
+            logs, report = found[0][0], found[0][3]
+            kl = (exact.exp() * (exact - logs)).sum(-1)
+            loss, least = (-x.gather(1, ids[0, -SCORED:, None]).mean() for x in (logs, exact))
+            rows.append(
+                {
+                    "n": n,
+                    "text": text,
+                    "size": size,
+                    "method": name,
+                    "kl": float(kl.mean()),
+                    "kl_by_stretch": [float(own.mean()) for own in kl.split(32)],
+                    "loss_ratio": float((loss - least).exp()),
+                    "top1": float((logs.argmax(-1) == exact.argmax(-1)).double().mean()),
+                    "attention_seconds": seconds[0],
+                    "prompt_seconds": seconds[1],
+                    "attention_ratio": base[0] / seconds[0],
+                    "prompt_ratio": base[1] / seconds[1],
+                    "report": report,
+                }
+            )
+            shown = (f"{key} {own}" for key, own in rows[-1].items() if key != "kl_by_stretch")
+            print(", ".join(shown), flush=True)
+        _save(options.folder / "pretrained-chunks.json", rows)
+    _chunks_table(rows)
+
+
+def _chunks_table(rows: list[dict[str, Any]]) -> None:
+    print(
+        "\n| n | tokens of a chunk | method | attention | prompt "
+        "| KL, mean (95 % interval) / worst text | perplexity, mean / worst | top-1 | heads kept |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    for n, size, name in dict.fromkeys((row["n"], row["size"], row["method"]) for row in rows):
+        own = [row for row in rows if (row["n"], row["size"], row["method"]) == (n, size, name)]
+        mean: Callable[[str], float] = lambda key: statistics.fmean(row[key] for row in own)  # noqa: E731, B023
+        kl, low, high = _interval([row["kl_by_stretch"] for row in own])
+        kept = statistics.fmean(_kept(row["report"]) for row in own)
+        print(
+            f"| {n:,} | {'all' if size >= n else f'{size:,}'} | {name} "
+            f"| {mean('attention_ratio'):.2f}x | {mean('prompt_ratio'):.2f}x "
+            f"| {kl:.4f} ({low:.4f} to {high:.4f}) / {max(row['kl'] for row in own):.4f} "
+            f"| {mean('loss_ratio') - 1:+.2%} / {max(abs(row['loss_ratio'] - 1) for row in own):.2%} "
+            f"| {mean('top1'):.1%} | {kept:.1%} |"
+        )
+
+
+def _kept(report: dict[str, int] | None) -> float:
+    """The part of the heads that were approximated and did not fall back."""
+    if report is None:
+        return 0.0
+    heads = sum(count for name, count in report.items() if name != "prefills")
+    return report["heads_approximated"] / heads
+
+
+def _in_chunks(
+    model: Any, ids: torch.Tensor, size: int, plan: Plan | None, dynamic: bool, clock: Any
+) -> tuple[torch.Tensor, float, float, Any]:
+    """Return what is said of the last tokens after a prompt in chunks, the seconds of attention and of
+    all of the prompt, and the report.
+    """
+    prompt = ids[:, :-SCORED]
+    if plan is not None:
+        cb.apply_plan(model, plan, min_length=0, dynamic=dynamic, chunked=size < prompt.shape[1])
+    cache, report = None, None
+    clock.seconds = 0.0
+    begin = time.perf_counter()
+    for part in prompt.split(size, 1):
+        done = model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = done.past_key_values
+    whole, attention = time.perf_counter() - begin, clock.seconds
+    if plan is not None:
+        report = cb.plan_report(model)._asdict()
+        cb.remove_plan(model)  # what follows is exact
+    rest = model(ids[:, -SCORED:], past_key_values=cache, use_cache=True)
+    logits = torch.cat([done.logits[0, -1:], rest.logits[0, :-1]])
+    return logits.float().log_softmax(-1), attention, whole, report
 
 
 @torch.no_grad()
@@ -753,7 +853,7 @@ def _save(path: Path, rows: list[dict[str, Any]], **others: Any) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     jobs = parser.add_subparsers(required=True)
-    for job in (calibrate, score, curve, parts, bounds, passkey, long):
+    for job in (calibrate, score, curve, parts, bounds, passkey, long, chunks):
         part = jobs.add_parser(job.__name__)
         part.set_defaults(job=job)
         part.add_argument("--length", type=int, default=8192, help="of the calibration")
@@ -763,12 +863,15 @@ def main() -> None:
             part.add_argument("--tolerance", type=float, default=0.4)
             part.add_argument("--budget", type=float, default=0.001, help="KL, in nats")
             continue
-        lengths = {long: [32_768], curve: [8192]}.get(job, [2048, 4096, 8192])
+        lengths = {long: [32_768], curve: [8192], chunks: [8192]}.get(job, [2048, 4096, 8192])
         part.add_argument("--lengths", type=int, nargs="+", default=lengths)
         part.add_argument("--repeats", type=int, default=1)
-        if job in (score, curve, parts, bounds):
+        if job in (score, curve, parts, bounds, chunks):
             part.add_argument("--text", type=Path, nargs="*", default=[])
             part.add_argument("--kinds", nargs="*", default=[], help="of texts; all by default")
+        if job is chunks:
+            part.add_argument("--sizes", type=int, nargs="+", default=[1024, 2048, 4096])
+        if job in (score, curve, parts, bounds):
             part.add_argument("--methods", nargs="*", default=[])
             part.add_argument(
                 "--places", type=int, default=1, help="of each text, as far as it reaches"

@@ -97,7 +97,7 @@ class HybridState:
         check_scale(scale, 1)
         self._scale, self._enable_gqa = scale, enable_gqa
         self._kind: _Kind | None = None
-        self._running: list[Running] | None = None
+        self._running: list[Running | None] | None = None
         self._length = 0
 
     @property
@@ -128,7 +128,7 @@ class HybridState:
 
     def numbers(self) -> int:
         """Return how many numbers the state holds."""
-        return sum(own.numbers() for own in self._running or ())
+        return sum(own.numbers() for own in self._running or () if own is not None)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, estimated: bool) -> HybridStats:
         check_qkv(query, key, value, self._enable_gqa, past=self._length)

@@ -30,27 +30,28 @@ def attend_exactly(
     """Return exact causal attention of R heads, and its log-sum-exp; nothing is recorded.
 
     Args:
-        query: ``(R, n, d)``.
+        query: ``(R, m, d)``, of the last m tokens.
         key: ``(1, n, d)``.
         value: ``(1, n, d)``.
         scale: factor of the logits.
-        into: ``(R, n, d)``, where the output is written to; None for memory of its own.
+        into: ``(R, m, d)``, where the output is written to; None for memory of its own.
 
-    Complexity: O(n^2 d) time, O(n d) memory.
+    Complexity: O(m n d) time, O(n d) memory.
     """
     rows = put_down(query, key, value, into)
-    n = query.shape[1]
+    m, offset = query.shape[1], key.shape[1] - query.shape[1]
     keys, values = (x[None].expand(-1, len(query), -1, -1) for x in (key, value))
 
     def attend(low: int) -> None:
-        high = min(n, low + _STRETCH)
+        high = min(m, low + _STRETCH)
+        first, last = offset + low, offset + high
         own = query[None, :, low:high]
-        output, lse = causal_attention(own, keys[:, :, low:high], values[:, :, low:high], scale)
-        if low:
-            more = piece_attention(own, keys[:, :, :low], values[:, :, :low], scale)
+        output, lse = causal_attention(own, keys[:, :, first:last], values[:, :, first:last], scale)
+        if first:
+            more = piece_attention(own, keys[:, :, :first], values[:, :, :first], scale)
             output, lse = merge(output, lse, *more, overwrite=True)
         rows.put(low, output[0], lse[0])
 
     # The dearest first: then all threads end at about the same time.
-    share([partial(attend, low) for low in reversed(range(0, n, _STRETCH))])
+    share([partial(attend, low) for low in reversed(range(0, m, _STRETCH))])
     return rows.all()

@@ -56,18 +56,20 @@ class HybridStats(NamedTuple):
 
 
 class Together(NamedTuple):
-    """Heads of one sequence that share keys and settings: one piece of work."""
+    """Heads of one sequence that share keys: one piece of work."""
 
     sequence: int
     """Its number in the batch."""
     heads: list[int]
     """Numbers of query heads."""
-    settings: Settings | None
-    """What they compute; None for exact attention, of which nothing is recorded."""
+    settings: tuple[Settings, ...]
+    """What each of them computes, all the same unless choices are strict; none for exact attention, of
+    which nothing is recorded."""
 
-    def of_heads(self) -> list[Settings]:
-        """Return the settings of each head, if there are any."""
-        return [] if self.settings is None else [self.settings] * len(self.heads)
+    @property
+    def strict(self) -> bool:
+        """Whether choices are strict."""
+        return bool(self.settings) and self.settings[0].strict
 
 
 def attend_heads(
@@ -78,8 +80,8 @@ def attend_heads(
     scale: float,
     mask: Tensor | None,
     estimated: bool,
-    running: Sequence[Running] | None = None,
-) -> tuple[HybridStats, list[Running]]:
+    running: Sequence[Running | None] | None = None,
+) -> tuple[HybridStats, list[Running | None]]:
     """Attend with all heads of all sequences by the same settings.
 
     Args:
@@ -93,7 +95,7 @@ def attend_heads(
         running: what strict choices are made from, as returned for the tokens before; None at first.
 
     Returns:
-        the attention, and what the choices of later tokens are made from, empty unless strict.
+        the attention, and what the choices of later tokens are made from, None unless strict.
     """
     batch, heads = query.shape[:2]
     own = [settings] * heads
@@ -128,22 +130,28 @@ def pieces_of_work(
     """Return the heads of a sequence, each with what shares its work; those without settings left out.
 
     Heads that share keys and settings are one piece. On a processor these are few heads, so that there
-    is a piece for each thread, and one head where its work is not dealt out among threads: where
-    choices are strict, and where a far field holds numbers for each of its keys and samples.
+    is a piece for each thread, and one head where a far field holds numbers for each of its keys and
+    samples. Where choices are strict all heads that share keys are: they share their sampled rows, and
+    what is known of them stays together from chunk to chunk.
     """
     sharing = query.shape[1] // key.shape[1]
     few = max(1, min(_TOGETHER, sum(map(bool, settings)) // torch.get_num_threads()))
-    alike: dict[tuple[int, Settings], list[int]] = {}
+    alike: dict[tuple[Any, ...], list[int]] = {}
     for head, own in enumerate(settings):
         if own is not None:
-            alike.setdefault((head // sharing, own), []).append(head)
+            kind = (own.samples, own.seed) if own.strict else own
+            alike.setdefault((head // sharing, kind), []).append(head)
     found: list[Together] = []
-    for (_, own), heads in alike.items():
+    for heads in alike.values():
+        own = settings[heads[0]]
         most = sharing
-        if query.device.type == "cpu":
-            most = 1 if own.strict or own.far_field in FITTED else few
+        if own is not None and not own.strict and query.device.type == "cpu":
+            most = 1 if own.far_field in FITTED else few
         parts = (heads[low : low + most] for low in range(0, len(heads), most))
-        found.extend(Together(sequence, part, own) for part in parts)
+        found.extend(
+            Together(sequence, part, tuple(each for head in part if (each := settings[head])))
+            for part in parts
+        )
     return found
 
 
@@ -155,11 +163,11 @@ def attend_pieces(
     scale: float,
     mask: Tensor | None,
     estimated: bool,
-    running: Sequence[Running] | None = None,
+    running: Sequence[Running | None] | None = None,
     into: Tensor | None = None,
     last_rows: int = 0,
     tolerance: float | None = None,
-) -> tuple[list[Group], list[Running]]:
+) -> tuple[list[Group], list[Running | None]]:
     """Return the attention of each piece of work; those of a sequence run at the same time, in this
     order, one sequence after the other.
 
@@ -193,7 +201,7 @@ def attend_pieces(
         for number, each in zip(numbers, done, strict=True):
             found[number] = each
     in_order = [found[number] for number in range(len(pieces))]
-    return [group for group, _ in in_order], [after for _, after in in_order if after is not None]
+    return [group for group, _ in in_order], [after for _, after in in_order]
 
 
 @dataclass
@@ -219,13 +227,14 @@ class _Sequence:
         queries = self._own("query", self.query)
         sharing = len(queries) // len(keys)
         alike: dict[tuple[Any, ...], list[int]] = {}
-        for number, (_, heads, settings) in enumerate(pieces):
-            if settings is None:
+        for number, piece in enumerate(pieces):
+            if not piece.settings or piece.strict:
                 continue
-            window = Window(settings.window, settings.shared)
-            if not settings.strict and window.begin < queries.shape[1]:
+            own = piece.settings[0]
+            window = Window(own.window, own.shared)
+            if window.begin < queries.shape[1]:
                 begin = first_sampled(window, queries.shape[1])
-                kind = (heads[0] // sharing, begin, settings.samples, settings.seed)
+                kind = (piece.heads[0] // sharing, begin, own.samples, own.seed)
                 alike.setdefault(kind, []).append(number)
         for numbers in alike.values():  # heads that follow each other are looked at without a copy
             numbers.sort(key=lambda number: pieces[number].heads)
@@ -234,7 +243,7 @@ class _Sequence:
                 queries[in_order([head for number in numbers for head in pieces[number].heads])],
                 keys[kind[0], None],
                 values[kind[0], None],
-                [own for number in numbers for own in pieces[number].of_heads()],
+                [own for number in numbers for own in pieces[number].settings],
                 self.scale,
                 self.estimated,
                 self.last_rows,
@@ -289,10 +298,10 @@ class _Sequence:
         if self.tolerance is None:
             return []
         return [
-            Together(piece.sequence, [head], None)
+            Together(piece.sequence, [head], ())
             for piece, (group, _) in zip(pieces, groups, strict=True)
             for head, bound in zip(piece.heads, group.bound.tolist(), strict=True)
-            if piece.settings is not None and not bound <= self.tolerance
+            if piece.settings and not bound <= self.tolerance
         ]
 
     def _own(self, name: str, tensor: Tensor) -> Tensor:
@@ -320,27 +329,22 @@ class _Sequence:
         looked: Looked | None,
         running: Running | None,
     ) -> tuple[Group, Running | None]:
-        _, heads, settings = piece
-        members = in_order(heads)
+        members = in_order(piece.heads)
         # Without a detour where rows go as they are.
         room = self.into[members] if self.into is not None and isinstance(members, slice) else None
-        if room is not None and (
-            self.real is not None
-            or room.dtype != query.dtype
-            or (settings is not None and settings.strict)
-        ):
+        if room is not None and (self.real is not None or room.dtype != query.dtype):
             room = None
         after = None
         if not query.shape[1]:
             found = nothing(query, known[1])
-        elif settings is None:
+        elif not piece.settings:
             exactly = attend_exactly(query, *known, self.scale, room)
             found = Group(*exactly, *no_estimate(query), (), 0.0, 0)
-        elif not settings.strict:
+        elif not piece.strict:
             found = attend_group(
                 query,
                 *known,
-                settings,
+                piece.settings[0],
                 self.scale,
                 looked,
                 self.estimated,
@@ -349,7 +353,9 @@ class _Sequence:
             )
         else:
             so_far = at_the_start(query) if running is None else running
-            found, after = attend_strictly(query, *known, settings, self.scale, self.estimated, so_far)
+            found, after = attend_strictly(
+                query, *known, piece.settings, self.scale, self.estimated, so_far, room
+            )
         if room is not None:
             return found._replace(output=found.output[:0]), after
         output, lse = found.output.to(self.query.dtype), found.lse

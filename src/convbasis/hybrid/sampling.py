@@ -23,6 +23,10 @@ class SampledRows(NamedTuple):
     lse: Tensor
     """``(R, s)``."""
 
+    def of(self, heads: slice) -> SampledRows:
+        """Return those of some of the heads."""
+        return SampledRows(self.rows, self.weights[heads], self.lse[heads])
+
     def mass_before(self, first: Tensor) -> Tensor:
         """Return the weight of each key ``(R, n)`` in rows that have it before first ``(s,)``.
 

@@ -7,9 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..hybrid import HybridState
-from ..plan import ConcreteSetting, HeadPlan
-from .prefill import Prefill, attend_last_rows, of_heads
+from ..checks import check_qkv
+from ..hybrid.exact import serves_exactly
+from ..hybrid.heads import Together, attend_pieces, pieces_of_work
+from ..hybrid.settings import Settings, check_settings
+from ..hybrid.strict import Running
+from ..plan import HeadPlan, HeadSetting
+from .prefill import OTHERS, Prefill, attend_last_rows, of_heads
 
 _KNOWN = 64  # latest keys by which a prompt is known again
 
@@ -26,27 +30,11 @@ class ChunkedLayer:
             n: tokens that the sizes of settings are stated for: how long the prompt will be is unknown.
             scale: factor of the logits.
         """
-        by_setting: dict[ConcreteSetting, list[int]] = {}
-        for head, planned in enumerate(heads):
-            if planned.setting is not None:
-                by_setting.setdefault(_strictly(planned.setting.at(n)), []).append(head)
-        self._groups = [
-            (
-                members,
-                HybridState(
-                    window=sizes.window,
-                    sinks=sizes.sinks,
-                    columns=sizes.columns,
-                    blocks=sizes.blocks,
-                    far_field=sizes.far_field,
-                    key_weights=sizes.key_weights,
-                    scale=scale,
-                    enable_gqa=True,
-                ),
-            )
-            for sizes, members in by_setting.items()
+        self._settings = [
+            None if head.setting is None else _strictly(head.setting, n) for head in heads
         ]
-        self._count, self._scale = len(heads), scale
+        self._scale = scale
+        self._running: list[Running | None] | None = None
         self.length = 0
         """Tokens so far."""
         self._last: Tensor | None = None
@@ -68,27 +56,57 @@ class ChunkedLayer:
             tolerance: a head whose estimated error in these rows exceeds it is computed exactly in
                 them; None leaves every head as it is.
         """
-        batch, _, m, _ = query.shape
-        output = query.new_empty(batch, self._count, m, value.shape[-1])
-        exact = torch.ones(batch, self._count, dtype=torch.bool)
+        check_qkv(query, key, value, True, past=self.length)
+        batch, count, m, _ = query.shape
+        recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+        # Exact heads among others are pieces of work like these, the longest; elsewhere they follow.
+        as_pieces = serves_exactly(query, value) and not recorded
+        alone = [head for head, own in enumerate(self._settings) if own is None]
+        pieces = []
+        for b in range(batch):
+            if as_pieces:
+                pieces += [Together(b, [head], ()) for head in alone]
+            pieces += pieces_of_work(query, key, b, self._settings)
+        # As the model wants it in the end: by token, then by head.
+        output = query.new_empty(batch, m, count, value.shape[-1]).transpose(1, 2)
+        found, self._running = attend_pieces(
+            query,
+            key,
+            value,
+            pieces,
+            self._scale,
+            None,
+            tolerance is not None,
+            self._running,
+            None if recorded else output,
+            tolerance=tolerance if as_pieces else None,
+        )
+        exact = torch.zeros(batch, count, dtype=torch.bool)
+        exact[:, alone] = True
         fallen_back = torch.zeros_like(exact)
-        for members, state in self._groups:
-            stats = state.attend_stats(*of_heads(members, query, key, value))
-            output[:, members] = stats.output
-            exact[:, members] = False
+        for (b, members, own), group in zip(pieces, found, strict=True):
+            if not own:
+                continue
+            if recorded:
+                output[b, members] = group.output
             if tolerance is not None:
-                fallen_back[:, members] = ~(stats.error_estimate <= tolerance).cpu()
+                fallen_back[b, members] = ~(group.bound <= tolerance).cpu()
         self.length += m
         self._last = key[:, :, -_KNOWN:].clone()
-        for row, again in enumerate((exact | fallen_back).tolist()):
-            members = [head for head in range(self._count) if again[head]]
+        left = torch.zeros_like(exact) if as_pieces else exact | fallen_back
+        for row, again in enumerate(left.tolist()):
+            members = [head for head in range(count) if again[head]]
             if members:
                 chosen = of_heads(members, *(x[row : row + 1] for x in (query, key, value)))
                 output[row, members] = attend_last_rows(*chosen, self._scale)[0]
         return Prefill(output, fallen_back, ~exact)
 
 
-def _strictly(sizes: ConcreteSetting) -> ConcreteSetting:
-    """Return what a setting computes where later tokens are unknown."""
+def _strictly(setting: HeadSetting, n: int) -> Settings:
+    """Return what a setting computes where later tokens are unknown, with its sizes for n tokens."""
+    sizes = setting.at(n)
     far = "none" if sizes.far_field in ("conv", "lowrank") else sizes.far_field
-    return sizes._replace(far_field=far, correction=False)
+    sizes = sizes._replace(far_field=far, correction=False)
+    own = Settings(**sizes._asdict(), **OTHERS, strict=True)
+    check_settings(own)
+    return own

@@ -20,7 +20,7 @@ from ..plan import HeadPlan, HeadSetting
 
 _ROWS = 512  # of exact attention that share a mask
 # What a plan does not know is as by default.
-_OTHERS = {
+OTHERS = {
     name: signature(hybrid_attention).parameters[name].default
     for name in ("num_segments", "samples", "seed")
 }
@@ -80,7 +80,7 @@ def planned_prefill(
             pieces += pieces_of_work(query, key, b, settings[length])
             if as_pieces and any(settings[length]):
                 alone = [head for head, own in enumerate(settings[length]) if own is None]
-                pieces += [Together(b, [head], None) for head in alone]
+                pieces += [Together(b, [head], ()) for head in alone]
     # The longest first: then all threads end at about the same time.
     pieces.sort(key=lambda piece: -sum(heads[head].cost for head in piece.heads))
     # As the model wants it in the end: by token, then by head.
@@ -104,7 +104,7 @@ def planned_prefill(
     done = torch.zeros(batch, count, dtype=torch.bool)
     for (b, members, own), group in zip(pieces, found, strict=True):
         done[b, members] = True
-        if own is None:
+        if not own:
             continue
         if recorded:
             output[b, members] = group.output
@@ -136,7 +136,7 @@ def _settings(heads: Sequence[HeadPlan], n: int) -> list[Settings | None]:
 
 @functools.lru_cache(1024)  # few settings, for each length in a batch
 def _settings_of(setting: HeadSetting, n: int) -> Settings:
-    own = Settings(**setting.at(n)._asdict(), **_OTHERS)
+    own = Settings(**setting.at(n)._asdict(), **OTHERS)
     check_settings(own)
     return own
 
