@@ -415,14 +415,14 @@ def test_what_is_stored_grows_with_the_tokens(options, monkeypatch):
 def test_segments_keep_no_number_for_each_pair_of_blocks(blocks):
     n, generator = 1 << 16, torch.Generator().manual_seed(0)
     key, value = (torch.randn(1, n, 4, generator=generator) for _ in range(2))
-    before = first_keys(Window(64, 64), 0, n, key.device) // 64
+    before = first_keys(Window(64, 64), 0, n, key.device)[None] // 64
     chosen = None
     if blocks:
-        chosen = torch.stack([before.div(blocks + 1 - i).long() for i in range(blocks)], dim=-1)[None]
-        chosen = chosen.where(chosen < before[:, None], n // 64)
+        chosen = torch.stack([before.div(blocks + 1 - i).long() for i in range(blocks)], dim=-1)
+        chosen = chosen.where(chosen < before[..., None], n // 64)
     seen = torch.zeros(1, n, dtype=torch.bool)
     with torch.no_grad(), Largest() as largest:
-        segment_keys(key, value, seen, chosen, before, 32, 0.5, None)
+        segment_keys(key, value, seen, chosen, before, n // 64 // 32, 0.5, None)
     assert 4 * n <= largest.entries < 8 * n
 
 

@@ -17,10 +17,10 @@ def column_keys(key: Tensor, value: Tensor, columns: Tensor, before: Tensor) -> 
         key: ``(1, n, d)``.
         value: ``(1, n, d_v)``.
         columns: positions ``(R, c)``, n or more for none.
-        before: ``(blocks of queries,)``, the first key in the window of each.
+        before: ``(R or 1, blocks of queries)``, the first key in the window of each.
     """
     own = columns.clamp(max=key.shape[1] - 1)
-    return Shared(key[0][own], value[0][own], _hidden(columns[:, None] >= before[:, None], key.dtype))
+    return Shared(key[0][own], value[0][own], _hidden(columns[:, None] >= before[..., None], key.dtype))
 
 
 def column_attention(

@@ -21,7 +21,7 @@ from .rows import with_gradient
 from .sampling import sampled_rows
 from .scaled_conv import conv_attention
 from .scaled_lowrank import lowrank_far_attention
-from .segments import Weighing, segment_keys
+from .segments import Weighing, segment_keys, segment_length
 from .selection import block_keys, heaviest, heavy_blocks, seen_columns
 from .settings import Settings
 from .window import BLOCK, Window, window_attention
@@ -139,7 +139,9 @@ def attend_group(
 def _weighing(query: Tensor, looked: Looked, window: Window) -> Weighing:
     """Return what weighs keys before the windows, from the rows for fits."""
     rows = looked.fitted
-    return Weighing(query.index_select(1, rows), window.first(rows), looked.lse, looked.before)
+    tokens = -(-query.shape[1] // BLOCK) * BLOCK
+    own = query.index_select(1, rows)
+    return Weighing(own, window.first(rows)[None], looked.lse, looked.before, tokens)
 
 
 def _near_and_columns(
@@ -210,7 +212,8 @@ def _beyond(
                 real=n,
                 value=v if settings.correction else None,
             )
-    return keys_beyond(k, v, n, first, columns, chosen, settings, scale, weighing), exact
+    span = segment_length(n, settings.num_segments) // BLOCK
+    return keys_beyond(k, v, n, first[None], columns, chosen, settings, span, scale, weighing), exact
 
 
 def _near_and_beyond(
@@ -272,6 +275,7 @@ def keys_beyond(
     columns: Tensor,
     chosen: Tensor | None,
     settings: Settings,
+    span: int,
     scale: float,
     weighing: Weighing | None,
 ) -> Beyond:
@@ -281,10 +285,11 @@ def keys_beyond(
         key: ``(1, b·64, d)``, whole blocks.
         value: ``(1, b·64, d_v)``.
         n: number of keys; what follows is 0.
-        first: ``(c,)``, the first key in the window of each block of queries.
+        first: ``(R or 1, c)``, the first key in the window of each block of queries.
         columns: positions ``(R, ·)``, n or more for none.
         chosen: ``(R, c, B)`` blocks of keys, b for none; None without blocks.
         settings: which parts there are.
+        span: blocks of a segment.
         scale: factor of the logits.
         weighing: what weighs the keys of segments; None for equal weights.
     """
@@ -301,8 +306,7 @@ def keys_beyond(
     if settings.far_field == "segments":
         elsewhere = seen.clone()
         elsewhere[:, n:] = True
-        segments = settings.num_segments
-        found = segment_keys(key, value, elsewhere, chosen, before, segments, scale, weighing)
+        found = segment_keys(key, value, elsewhere, chosen, before, span, scale, weighing)
         shared.extend(found[0])
         gathered.extend(found[1])
         parts.append("segments")

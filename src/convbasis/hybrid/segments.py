@@ -11,6 +11,8 @@ from .beyond import Gathered, Shared
 from .joined import joined
 from .window import BLOCK
 
+_ROWS = 256  # sampled rows that are compared with the means of segments at a time
+
 
 class Weighing(NamedTuple):
     """What weighs the keys of segments: exact attention of s sampled rows."""
@@ -18,12 +20,14 @@ class Weighing(NamedTuple):
     query: Tensor
     """``(R, s, d)``."""
     first: Tensor
-    """``(s,)``, the first key in the window of each."""
+    """``(R or 1, s)``, the first key in the window of each; 0 for a row that does not count."""
     lse: Tensor
     """``(R, s)``."""
     mass: Tensor
     """``(R, p)``, weights of the first keys, each summed over the rows that have it before their
     windows; 0 for those that follow."""
+    tokens: Tensor | int
+    """``(R, 1)`` or one number: the keys over which a tenth of the mean mass is given to each."""
 
 
 def segment_length(n: int, num_segments: int) -> int:
@@ -38,7 +42,7 @@ def segment_keys(
     seen: Tensor,
     chosen: Tensor | None,
     before: Tensor,
-    num_segments: int,
+    span: int,
     scale: float,
     weighing: Weighing | None,
 ) -> tuple[list[Shared], list[Gathered]]:
@@ -52,19 +56,18 @@ def segment_keys(
         value: ``(1, b·64, d_v)``, the same.
         seen: ``(R, b·64)``, True for keys that count elsewhere, or are past the end.
         chosen: ``(R, c, B)`` blocks of keys that are exact, b for none; None for none at all.
-        before: ``(c,)``, the blocks of keys before the window of each block of queries.
-        num_segments: at most that many of them.
+        before: ``(R or 1, c)``, the blocks of keys before the window of each block of queries.
+        span: blocks of a segment, from `segment_length`.
         scale: factor of the logits.
         weighing: what weighs the keys of a segment, and the segment as a whole; None for equal weights.
 
     Complexity: O(n d) time, and O(k + n / (64 k)) keys for k segments.
     """
-    heads, total, count = len(seen), key.shape[1] // BLOCK, len(before)
-    span = segment_length(total * BLOCK, num_segments) // BLOCK
+    heads, total, count = len(seen), key.shape[1] // BLOCK, before.shape[-1]
     whole = total // span
     device = key.device
     numbers = (~seen).to(key.dtype)
-    weights = numbers if weighing is None else _sampled_weights(weighing.mass, seen)
+    weights = numbers if weighing is None else _sampled_weights(weighing.mass, seen, weighing.tokens)
 
     def means(tensor: Tensor, length: int, stop: int) -> Tensor:
         """Return the weighted means over runs of keys, ``(R, runs, ·)``."""
@@ -84,18 +87,18 @@ def segment_keys(
         own = own.expand(heads, count, whole)
         if chosen is not None:
             own = _without_chosen(own, by_block, chosen, span)
-        own = own.masked_fill(torch.arange(whole, device=device) >= edge[:, None], 0.0)
+        own = own.masked_fill(torch.arange(whole, device=device) >= edge[..., None], 0.0)
         bias = own.log_()
         if weighing is not None:
             bias += _corrections(keys.detach(), weighing, span, seen, scale)[:, None]
         shared.append(Shared(keys, means(value, span * BLOCK, stop * BLOCK), bias))
     if span > 1:
-        index = edge[:, None] * span + torch.arange(span - 1, device=device)
-        inside = index < before[:, None]
+        index = edge[..., None] * span + torch.arange(span - 1, device=device)
+        inside = index < before[..., None]
         index = index.clamp(max=total - 1).expand(heads, -1, -1)
         own = by_block.gather(1, index.flatten(1)).view_as(index)
         if chosen is not None:
-            place = chosen - edge[:, None] * span
+            place = chosen - edge[..., None] * span
             place = place.where((place >= 0) & (place < span - 1), span - 1)  # the others beside
             own = torch.nn.functional.pad(own, (0, 1)).scatter_(2, place, 0.0)[..., : span - 1]
         own = own.masked_fill(~inside, 0.0)
@@ -113,11 +116,11 @@ def _without_chosen(own: Tensor, by_block: Tensor, chosen: Tensor, span: int) ->
     return left[..., :segments]
 
 
-def _sampled_weights(mass: Tensor, seen: Tensor) -> Tensor:
+def _sampled_weights(mass: Tensor, seen: Tensor, tokens: Tensor | int) -> Tensor:
     """Return the weight of each key in the sampled rows, and a little of the mean, ``(R, b·64)``."""
     mass = torch.nn.functional.pad(mass, (0, seen.shape[-1] - mass.shape[-1]))
     mass = mass.masked_fill(seen, 0.0)
-    floor = 0.1 * mass.mean(-1, keepdim=True) + torch.finfo(mass.dtype).tiny
+    floor = 0.1 * (mass.sum(-1, keepdim=True) / tokens) + torch.finfo(mass.dtype).tiny
     return (mass + floor).masked_fill(seen, 0.0)
 
 
@@ -135,11 +138,16 @@ def _corrections(keys: Tensor, weighing: Weighing, span: int, seen: Tensor, scal
     # Keys that count here, of each segment before the windows of rows.
     so_far = torch.nn.functional.pad((~seen[:, :stop]).long().cumsum(-1), (1, 0))
     begin = torch.arange(0, stop, length, device=keys.device)
-    edge = weighing.first[:, None].clamp(begin, begin + length)  # (s, k)
-    numbers = (so_far[:, edge] - so_far[:, None, begin]).to(exact.dtype)
-    logits = joined([x[None] @ y.mT[None] for x, y in zip(weighing.query, keys, strict=True)])
-    logits = logits * scale + numbers.log()
-    model = (logits - weighing.lse[..., None]).exp().sum(1)
+    model, counted = torch.zeros_like(exact), torch.zeros_like(exact)
+    parts = (x.split(_ROWS, 1) for x in (weighing.query, weighing.first, weighing.lse))
+    for query, first, lse in zip(*parts, strict=True):
+        edge = first[..., None].clamp(begin, begin + length).expand(len(keys), -1, -1)  # (R, s, k)
+        numbers = so_far.gather(1, edge.flatten(1)).view_as(edge) - so_far[:, None, begin]
+        numbers = numbers.to(exact.dtype)
+        logits = joined([x[None] @ y.mT[None] for x, y in zip(query, keys, strict=True)])
+        logits = logits * scale + numbers.log()
+        model += (logits - lse[..., None]).exp().sum(1)
+        counted += numbers.sum(1)
     tiny = torch.finfo(exact.dtype).tiny
     found = exact.clamp(min=tiny).log() - model.clamp(min=tiny).log()
-    return found.masked_fill((numbers == 0).all(1), 0.0).clamp(-10.0, 10.0)
+    return found.masked_fill(counted == 0, 0.0).clamp(-10.0, 10.0)

@@ -32,7 +32,7 @@ class Settings(NamedTuple):
         """Queries whose windows begin at the same key, at the edge of a block; 1 for each its own."""
         if self.far_field == "conv":
             return 1
-        if not self.blocks and self.far_field == "none" and (self.strict or not self.columns):
+        if not self.blocks and not self.columns and self.far_field == "none":
             return 1
         # Strictly, blocks are chosen by the queries before: the fewer share, the nearer those are.
         return QUERIES if self.blocks and not self.strict else BLOCK

@@ -20,6 +20,7 @@ from .beyond import attention_beyond
 from .columns import column_attention
 from .estimate import error_bound
 from .group import (
+    Beyond,
     Group,
     first_keys,
     keys_beyond,
@@ -27,11 +28,12 @@ from .group import (
     no_estimate,
 )
 from .joined import joined
+from .look import in_order
 from .piece import merge
 from .put_down import PutDown, put_down
 from .rows import exact_rows
 from .sampling import own_rows, sampled_rows, some_rows
-from .segments import Weighing
+from .segments import Weighing, segment_length
 from .selection import heaviest, heavy_blocks
 from .settings import Settings
 from .window import BLOCK, Window, window_attention
@@ -41,6 +43,7 @@ T = TypeVar("T")
 STRETCH = 512  # tokens that share their columns and segments
 # Sampled rows of a stretch, of those that a whole prompt has.
 _SHARE = 8
+_TOGETHER = 8  # stretches that are attended together
 # Rows for the estimate: one of so many, as far as there are at least so many.
 _PERIOD, _LEAST = 16, 32
 
@@ -67,14 +70,9 @@ class Running(NamedTuple):
         tensors = (self.mass, self.queries, self.rows, self.sampled, self.lse)
         return sum(tensor.numel() for tensor in tensors)
 
-    def earlier(self, heads: slice, low: int, high: int) -> Tensor:
+    def earlier(self, heads: slice | list[int], low: int, high: int) -> Tensor:
         """Return the queries of tokens low .. high - 1, which are among the last, in some heads."""
         return self.queries[heads, low - self.first : high - self.first]
-
-    def weighing(self, heads: slice, settings: Settings) -> Weighing:
-        """Return what weighs the keys of segments in some of the heads."""
-        first = _counted(settings).first(self.rows)
-        return Weighing(self.sampled[heads], first, self.lse[heads], self.mass[heads])
 
 
 def at_the_start(query: Tensor) -> Running:
@@ -117,22 +115,37 @@ def attend_strictly(
     known = running._replace(queries=queries)
     weighed = any(own.columns or own.key_weights for own in settings)
     rows, sampled = put_down(query, key, value, into), 0
-    alike = _runs(settings)
+    alike, kinds = _runs(settings), _kinds(settings)
     parts, keys = ["window"], 0.0
-    for begin in range(offset // STRETCH * STRETCH, n, STRETCH):
-        end = begin + STRETCH
-        low, high = max(offset, begin), min(n, end)
-        jobs = [
-            partial(_attend, rows, query[heads], key, value, known, heads, own, scale, low, high)
-            for heads, own in alike
-        ]
-        for (names, count), (heads, _) in zip(share(jobs), alike, strict=True):
-            parts += [name for name in names if name not in parts]
-            keys += count * (heads.stop - heads.start)
-        if high == end and weighed:
-            more = _stretch_rows(begin, settings[0], query.device)
-            known = _weighed(known, key[:, :end].detach(), more, settings, scale)
-            sampled += len(more)
+    for begins in _batches(offset, n):
+        before = []
+        for begin in begins:
+            before.append(known)
+            end = begin + STRETCH
+            if end <= n and weighed:
+                more = _stretch_rows(begin, settings[0], query.device)
+                known = _weighed(known, key[:, :end].detach(), more, settings, scale)
+                sampled += len(more)
+        low, high = max(offset, begins[0]), min(n, begins[-1] + STRETCH)
+        own = query[:, low - offset : high - offset]
+        given = key[:, :high], value[:, :high]
+        far = share(
+            [
+                partial(_beyond, own[in_order(heads)], *given, heads, settings, begins, before, scale)
+                for heads in kinds
+            ]
+        )
+        share(
+            [
+                partial(
+                    _put_down, rows, own[heads], *given, heads, each, _of(far, heads), offset, scale
+                )
+                for heads, each in alike
+            ]
+        )
+        for found in far:
+            parts += [name for name in found.parts if name not in parts]
+            keys += found.keys * len(found.heads) * (high - low)
     output, lse = rows.all()
     mean, bound = no_estimate(query)
     if estimated:
@@ -143,6 +156,33 @@ def attend_strictly(
     kept = min(n // STRETCH * STRETCH, max(0, n // BLOCK - 1) * BLOCK)
     left = known._replace(queries=known.earlier(slice(None), kept, n).clone(), first=kept)
     return Group(output, lse, mean, bound, tuple(parts), per_query, sampled), left
+
+
+def _batches(offset: int, n: int) -> list[list[int]]:
+    """Return where the stretches of tokens offset .. n - 1 begin: in one list those that are attended
+    to together, whole ones, or a part of one.
+    """
+    found: list[list[int]] = []
+    together = False
+    for begin in range(offset // STRETCH * STRETCH, n, STRETCH):
+        whole = begin >= offset and begin + STRETCH <= n
+        if whole and together and len(found[-1]) < _TOGETHER:
+            found[-1].append(begin)
+        else:
+            found.append([begin])
+        together = whole
+    return found
+
+
+def _kinds(settings: Sequence[Settings]) -> list[list[int]]:
+    """Return the heads whose keys before their windows are attended to together: those with the same
+    parts, whatever their windows, and with blocks the same windows.
+    """
+    found: dict[Settings, list[int]] = {}
+    for head, own in enumerate(settings):
+        kind = own if own.blocks or own.shared == 1 else own._replace(window=1)
+        found.setdefault(kind, []).append(head)
+    return list(found.values())
 
 
 def _runs(values: Sequence[T]) -> list[tuple[slice, T]]:
@@ -161,11 +201,11 @@ def _of_runs(values: Sequence[T], function: Callable[[slice, T], Tensor]) -> Ten
     return joined([function(heads, own) for heads, own in _runs(values)])
 
 
-def _counted(settings: Settings) -> Window:
+def _counted(window: int) -> Window:
     """Return the window before which the keys of a sampled row count: of a block, where the window of
     attention is longer, since what a row has there lies beyond the windows of the next stretch.
     """
-    return Window(min(settings.window, BLOCK), BLOCK)
+    return Window(min(window, BLOCK), BLOCK)
 
 
 @torch.no_grad()
@@ -187,7 +227,7 @@ def _weighed(
     """
     exact = sampled_rows(running.queries, key, rows, scale, running.first)
     more = _of_runs(
-        [_counted(own) for own in settings],
+        [_counted(own.window) for own in settings],
         lambda heads, window: exact.of(heads).mass_before(window.first(rows)),
     )
     running = running._replace(mass=lengthened(running.mass[..., None], key.shape[1])[..., 0] + more)
@@ -200,104 +240,262 @@ def _weighed(
     )
 
 
-def _attend(
+class _Far(NamedTuple):
+    """Attention of some heads to keys before their windows."""
+
+    heads: list[int]
+    """Numbers of the heads."""
+    output: Tensor | None
+    """``(R, m, d_v)``; None where there are no such keys."""
+    lse: Tensor | None
+    """``(R, m)``."""
+    parts: tuple[str, ...] = ()
+    """Names of what these keys are."""
+    keys: float = 0.0
+    """Keys of a query, in the mean."""
+
+
+def _of(far: Sequence[_Far], heads: slice) -> tuple[Tensor, Tensor] | None:
+    """Return what heads, which follow each other and are alike, see before their windows."""
+    for found in far:
+        if heads.start in found.heads:
+            if found.output is None or found.lse is None:
+                return None
+            low = found.heads.index(heads.start)
+            part = slice(low, low + heads.stop - heads.start)
+            return found.output[part], found.lse[part]
+    return None
+
+
+def _put_down(
     rows: PutDown,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    running: Running,
     heads: slice,
     settings: Settings,
+    far: tuple[Tensor, Tensor] | None,
+    offset: int,
     scale: float,
-    low: int,
-    high: int,
-) -> tuple[tuple[str, ...], float]:
-    """Put down attention of tokens low .. high - 1 of a stretch, in some heads.
+) -> None:
+    """Put down attention of the last tokens in some heads: to their windows, and what is before them.
 
     Args:
         rows: of all heads, where attention goes.
-        query: ``(R, m, d)``, of the last m tokens.
+        query: ``(R, m, d)``.
         key: ``(1, n, d)``.
         value: ``(1, n, d_v)``.
-        running: what is known of the stretches before.
         heads: which these are.
         settings: theirs.
+        far: output and log-sum-exp of keys before the windows; None for none.
+        offset: token of the first of all rows.
         scale: factor of the logits.
-        low: first token.
-        high: end of them.
-
-    Returns:
-        names of what they see before their windows, and how many keys, in all of these tokens.
     """
-    offset = key.shape[1] - query.shape[1]
+    low = key.shape[1] - query.shape[1]
     window = Window(settings.window, settings.shared)
-    own, known = query[:, low - offset : high - offset], (key[:, :high], value[:, :high])
-    output, lse = window_attention(own, *known, window, low, scale)
-    begin = max(low, window.begin)
-    if begin >= high:
-        rows.put(low - offset, output, lse, heads)
-        return (), 0.0
-    near = begin - low  # rows that see nothing before their windows
-    if near:
-        rows.put(low - offset, output[:, :near], lse[:, :near], heads)
-    far, far_lse, names, count = _beyond(own[:, near:], *known, running, heads, settings, scale)
-    merged = merge(output[:, near:], lse[:, near:], far, far_lse, overwrite=True)
-    rows.put(begin - offset, *merged, heads)
-    return names, count * (high - begin)
+    output, lse = window_attention(query, key, value, window, low, scale)
+    if far is not None:
+        output, lse = merge(output, lse, *far, overwrite=True)
+    rows.put(low - offset, output, lse, heads)
 
 
 def _beyond(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    running: Running,
-    heads: slice,
-    settings: Settings,
+    heads: list[int],
+    settings: Sequence[Settings],
+    begins: list[int],
+    before: Sequence[Running],
     scale: float,
-) -> tuple[Tensor, Tensor, tuple[str, ...], float]:
-    """Return attention of the last tokens, all of one stretch, to keys before their windows.
+) -> _Far:
+    """Return attention of the last tokens, of one or more stretches, to keys before their windows.
 
-    Returns:
-        output ``(R, m, d_v)``, lse, names of the parts, and keys of a query.
+    Args:
+        query: ``(R, m, d)``.
+        key: ``(1, n, d)``.
+        value: ``(1, n, d_v)``.
+        heads: which these are.
+        settings: of all heads.
+        begins: where the stretches begin.
+        before: what is known before each.
+        scale: factor of the logits.
     """
-    high = key.shape[1]
-    low, end = high - query.shape[1], -(-high // STRETCH) * STRETCH
-    columns = heaviest(running.mass[heads], end, settings.sinks, settings.columns)
-    window = Window(settings.window, settings.shared)
-    if settings.shared == 1:
-        if not columns.shape[-1]:
-            nothing = query.new_full(query.shape[:2], -torch.inf)
-            return query.new_zeros((*query.shape[:2], value.shape[-1])), nothing, (), 0
-        found = column_attention(query, key, value, columns, window, scale, low)
-        return *found, ("columns",), columns.shape[-1]
-    # Whole blocks of queries, and of keys up to the end of the stretch.
+    low, high = key.shape[1] - query.shape[1], key.shape[1]
+    own = settings[heads[0]]
+    windows = [Window(settings[head].window, own.shared) for head in heads]
+    if high <= min(window.begin for window in windows):
+        return _Far(heads, None, None)
+    if own.shared == 1:  # nothing but the first tokens
+        if not own.sinks:
+            return _Far(heads, None, None)
+        columns = torch.arange(min(own.sinks, high), device=query.device).expand(len(query), -1)
+        found = column_attention(query, key, value, columns, windows[0], scale, low)
+        return _Far(heads, *found, ("columns",), columns.shape[-1])
+    spans = [segment_length(begin + STRETCH, own.num_segments) // BLOCK for begin in begins]
+    outputs, sums, keys = [], [], 0.0
+    parts: tuple[str, ...] = ()
+    for part, span in _runs(spans):
+        first, end = max(low, begins[part.start]), min(high, begins[part.stop - 1] + STRETCH)
+        output, lse, beyond = _of_stretches(
+            query[:, first - low : end - low],
+            key[:, :end],
+            value[:, :end],
+            heads,
+            own,
+            windows,
+            begins[part],
+            before[part],
+            span,
+            scale,
+        )
+        outputs.append(output)
+        sums.append(lse)
+        parts = beyond.parts
+        keys += beyond.keys * (end - first) / (high - low)
+    return _Far(heads, joined(outputs, 1), joined(sums, 1), parts, keys)
+
+
+def _of_stretches(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    heads: list[int],
+    settings: Settings,
+    windows: Sequence[Window],
+    begins: Sequence[int],
+    before: Sequence[Running],
+    span: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Beyond]:
+    """Return the same for stretches with segments of so many blocks: each of them is one more head.
+
+    Args:
+        query: ``(R, m, d)``, of whole stretches, or of a part of one.
+        key: ``(1, n, d)``.
+        value: ``(1, n, d_v)``.
+        heads: which these are.
+        settings: theirs, but for windows.
+        windows: of each.
+        begins: where the stretches begin.
+        before: what is known before each.
+        span: blocks of a segment.
+        scale: factor of the logits.
+    """
+    low, high = key.shape[1] - query.shape[1], key.shape[1]
+    count, number = len(query), len(begins)
+    # Whole blocks of queries and keys.
     edge, last = low // BLOCK * BLOCK, -(-high // BLOCK) * BLOCK
     blocks = torch.nn.functional.pad(query, (0, 0, low - edge, last - high))
-    keys, values = (lengthened(tensor, end) for tensor in (key, value))
-    first = first_keys(window, edge, last, query.device)
+    blocks = blocks.unflatten(1, (number, -1)).flatten(0, 1)
+    keys, values = (lengthened(tensor, last) for tensor in (key, value))
+    first = torch.stack([first_keys(window, edge, last, query.device) for window in windows])
+    first = first.unflatten(1, (number, -1))
+    columns = [heaviest(known.mass[heads], last, settings.sinks, settings.columns) for known in before]
     chosen = None
     if settings.blocks:
-        with torch.no_grad():
-            earlier = running.earlier(heads, edge - BLOCK, last - BLOCK)
-            # One block at a time: the same numbers in chunks of any size.
-            chosen = heavy_blocks(
-                earlier,
-                keys,
-                columns,
-                first.div(BLOCK, rounding_mode="floor"),
-                settings.blocks,
-                BLOCK,
-                scale,
-                settings.seed,
-                first=edge // BLOCK - 1,
-                together=1,
-                each=True,
-            ).blocks
-    weighing = running.weighing(heads, settings) if settings.key_weights else None
-    beyond = keys_beyond(keys, values, high, first, columns, chosen, settings, scale, weighing)
+        part_of = [(max(edge, begin), min(last, begin + STRETCH)) for begin in begins]
+        of_stretches = [
+            _chosen(known, heads, keys, own, of, part, settings, scale)
+            for known, own, of, part in zip(before, columns, first[0], part_of, strict=True)
+        ]
+        chosen = _together(of_stretches, last // BLOCK)
+    weighing = None
+    if settings.key_weights:
+        weighing = _weighing(heads, windows, begins, before)
+    beyond = keys_beyond(
+        keys,
+        values,
+        high,
+        first.flatten(0, 1),
+        _together(columns, last),
+        chosen,
+        settings,
+        span,
+        scale,
+        weighing,
+    )
     output, lse = attention_beyond(blocks, BLOCK, beyond.shared, beyond.gathered, scale)
     part = slice(low - edge, high - edge)
-    return output[:, part], lse[:, part], beyond.parts, beyond.keys
+    output, lse = (x.unflatten(0, (count, number)).flatten(1, 2)[:, part] for x in (output, lse))
+    return output, lse, beyond
+
+
+@torch.no_grad()
+def _chosen(
+    running: Running,
+    heads: list[int],
+    key: Tensor,
+    columns: Tensor,
+    first: Tensor,
+    part: tuple[int, int],
+    settings: Settings,
+    scale: float,
+) -> Tensor:
+    """Return the blocks of keys that blocks of queries of a stretch choose, ``(R, c, B)``, b for none.
+
+    Args:
+        running: what is known before the stretch, and the queries of the block before.
+        heads: which these are.
+        key: ``(1, b·64, d)``.
+        columns: ``(R, ·)``, seen already.
+        first: ``(c,)``, the first key in the window of each block of queries.
+        part: tokens of these blocks, from and to.
+        settings: of the heads.
+        scale: factor of the logits.
+    """
+    low, high = part
+    alone = int(low == 0)  # nobody is there to choose for the first block
+    earlier = running.earlier(heads, low + (alone - 1) * BLOCK, high - BLOCK)
+    total = key.shape[1] // BLOCK
+    if not earlier.shape[1]:
+        return torch.full((len(heads), alone, 1), total, device=key.device)
+    # One block at a time: the same numbers in chunks of any size.
+    found = heavy_blocks(
+        earlier,
+        key,
+        columns,
+        first[alone:].div(BLOCK, rounding_mode="floor"),
+        settings.blocks,
+        BLOCK,
+        scale,
+        settings.seed,
+        first=low // BLOCK + alone - 1,
+        together=1,
+        each=True,
+    ).blocks
+    return torch.nn.functional.pad(found, (0, 0, alone, 0), value=total)
+
+
+def _together(of_stretches: Sequence[Tensor], padding: float) -> Tensor:
+    """Return tensors ``(R, ..., p)`` of stretches as one, ``(R·stretches, ..., p)``, all as long."""
+    longest = max(tensor.shape[-1] for tensor in of_stretches)
+    equal = [
+        torch.nn.functional.pad(tensor, (0, longest - tensor.shape[-1]), value=padding)
+        if tensor.shape[-1] < longest
+        else tensor
+        for tensor in of_stretches
+    ]
+    return torch.stack(equal, 1).flatten(0, 1)
+
+
+def _weighing(
+    heads: list[int], windows: Sequence[Window], begins: Sequence[int], before: Sequence[Running]
+) -> Weighing:
+    """Return what weighs the keys of segments in each of the heads and stretches."""
+    last, number = before[-1], len(before)
+    rows = torch.stack([_counted(window.tokens).first(last.rows) for window in windows])
+    known = torch.tensor([len(each.rows) for each in before], device=rows.device)
+    counts = torch.arange(len(last.rows), device=rows.device) < known[:, None]
+    first = rows[:, None].where(counts, 0).flatten(0, 1)
+    tokens = torch.tensor([begin + STRETCH for begin in begins], device=rows.device)
+    return Weighing(
+        last.sampled[heads].repeat_interleave(number, 0),
+        first,
+        last.lse[heads].repeat_interleave(number, 0),
+        _together([each.mass[heads] for each in before], 0.0),
+        tokens.repeat(len(heads))[:, None],
+    )
 
 
 def _stretch_rows(begin: int, settings: Settings, device: torch.device) -> Tensor:
