@@ -5,7 +5,7 @@ import torch
 from oracle import gen, qkv
 
 import convbasis as cb
-from convbasis.hybrid.estimate import Judged, bound_of, error_bound, judged
+from convbasis.hybrid.estimate import Judged, bound_of, judged
 from convbasis.hybrid.sampling import own_rows, spread_rows
 from convbasis.integrations.capture import capture_layers
 from convbasis.integrations.smollm2 import sample_text, token_ids
@@ -200,7 +200,7 @@ class TestWarnings:
         for wrong, told in ((0, False), (2, False), (3, True), (128, True)):
             output = exact_rows.repeat(1, 2, 1)
             output[:, :wrong] = -output[:, :wrong]
-            _, bound = error_bound(output, exact_rows, torch.arange(128), 0)
+            _, bound = bound_of(judged(output, exact_rows, torch.arange(128), 0))
             assert (float(bound) >= 1.0) == told
 
     @pytest.mark.parametrize("size", [1e-5, 1.0, 1e8])
@@ -300,5 +300,5 @@ class TestJudged:
 
     def test_norms_beyond_the_dtype_bound_nothing(self):
         output = self.output() * 1e25
-        _, bound = error_bound(output, output[:, 50:80], torch.arange(50, 80), 40)
+        _, bound = bound_of(judged(output, output[:, 50:80], torch.arange(50, 80), 40))
         assert not bool((bound <= 1e9).any())

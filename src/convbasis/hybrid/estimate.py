@@ -42,23 +42,6 @@ class Judged(NamedTuple):
         return cls(*(torch.cat(each) for each in zip(*parts, strict=True)))
 
 
-def error_bound(
-    output: Tensor, exact: Tensor, rows: Tensor, begin: int, offset: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Return an estimate of the relative error of each head's output in the Euclidean norm, and its
-    upper bound at 95 % confidence, ``(R,)`` each; where a twentieth of the rows may be off by more
-    than half, the bound is at least that.
-
-    Args:
-        output: ``(R, m, d_v)``, of the last m rows.
-        exact: ``(R, s, d_v)``, of sampled rows that took no part in any fit.
-        rows: ``(s,)`` their positions, begin or later.
-        begin: rows before this one are exact.
-        offset: the first row of the output.
-    """
-    return bound_of(judged(output, exact, rows, begin, offset))
-
-
 def judged(
     output: Tensor,
     exact: Tensor,
@@ -67,9 +50,15 @@ def judged(
     offset: int = 0,
     squares: Tensor | None = None,
 ) -> Judged:
-    """Return what `error_bound` wants to know of outputs; arguments as there.
+    """Return what `bound_of` wants to know of outputs.
 
-    `squares` ``(R,)`` float64 are those of the norms of all rows, where they are known.
+    Args:
+        output: ``(R, m, d_v)``, of the last m rows.
+        exact: ``(R, s, d_v)``, of sampled rows that took no part in any fit.
+        rows: ``(s,)`` their positions, begin or later.
+        begin: rows before this one are exact.
+        offset: the first row of the output.
+        squares: ``(R,)`` float64, those of the norms of all rows, where they are known.
     """
     near = max(0, begin - offset)  # exact rows
     before = _square(output[:, :near])
@@ -89,8 +78,9 @@ def _square(output: Tensor) -> Tensor:
 
 
 def bound_of(found: Judged) -> tuple[Tensor, Tensor]:
-    """Return the estimates and bounds of heads ``(R,)`` from what is known of their outputs, see
-    `error_bound`.
+    """Return an estimate of the relative error of each head's output in the Euclidean norm, and its
+    upper bound at 95 % confidence, ``(R,)`` each; where a twentieth of the rows may be off by more than
+    half, the bound is at least that.
     """
     error = found.errors.square()
     count = error.shape[-1]

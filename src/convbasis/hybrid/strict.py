@@ -18,7 +18,7 @@ from torch import Tensor
 from ..workers import share
 from .beyond import attention_beyond
 from .columns import column_attention
-from .estimate import error_bound
+from .estimate import Judged, judged
 from .group import (
     Beyond,
     Group,
@@ -44,8 +44,7 @@ STRETCH = 512  # tokens that share their columns and segments
 # Sampled rows of a stretch, of those that a whole prompt has.
 _SHARE = 8
 _TOGETHER = 8  # stretches that are attended together
-# Rows for the estimate: one of so many, as far as there are at least so many.
-_PERIOD, _LEAST = 16, 32
+_PERIOD = 32  # tokens of which one is a row for estimates, at most
 
 
 class Running(NamedTuple):
@@ -64,10 +63,13 @@ class Running(NamedTuple):
     """``(R, r, d)``, their queries."""
     lse: Tensor
     """``(R, r)``, their log-sum-exp."""
+    held: Tensor
+    """``(3, R, h)`` float64, the norms of errors, of exact attention and of our own in the latest rows
+    for estimates."""
 
     def numbers(self) -> int:
         """Return how many numbers these are."""
-        tensors = (self.mass, self.queries, self.rows, self.sampled, self.lse)
+        tensors = (self.mass, self.queries, self.rows, self.sampled, self.lse, self.held)
         return sum(tensor.numel() for tensor in tensors)
 
     def earlier(self, heads: slice | list[int], low: int, high: int) -> Tensor:
@@ -79,7 +81,8 @@ def at_the_start(query: Tensor) -> Running:
     """Return what is known before the first of queries ``(R, m, d)``."""
     nothing, none = query.new_zeros((len(query), 0)), query.new_zeros((len(query), 0, query.shape[-1]))
     rows = torch.empty(0, dtype=torch.int64, device=query.device)
-    return Running(nothing, none, 0, rows, none, nothing)
+    held = torch.empty((3, len(query), 0), dtype=torch.float64, device=query.device)
+    return Running(nothing, none, 0, rows, none, nothing, held)
 
 
 def attend_strictly(
@@ -143,19 +146,23 @@ def attend_strictly(
                 for heads, each in alike
             ]
         )
-        for found in far:
-            parts += [name for name in found.parts if name not in parts]
-            keys += found.keys * len(found.heads) * (high - low)
+        for each_far in far:
+            parts += [name for name in each_far.parts if name not in parts]
+            keys += each_far.keys * len(each_far.heads) * (high - low)
     output, lse = rows.all()
-    mean, bound = no_estimate(query)
+    found = None
     if estimated:
-        mean, bound, held = _estimate(query, key, value, output, settings, scale)
-        sampled += held
+        found, more_rows = _judged(query, key, value, output, settings, running.held, scale)
+        sampled += more_rows
+    if found is not None:
+        held = torch.stack([found.errors, found.exact, found.own])
+        known = known._replace(held=held)
     window = sum(own.window for own in settings) / len(settings)
     per_query = min(n, window) + keys / (len(query) * m)
     kept = min(n // STRETCH * STRETCH, max(0, n // BLOCK - 1) * BLOCK)
     left = known._replace(queries=known.earlier(slice(None), kept, n).clone(), first=kept)
-    return Group(output, lse, mean, bound, tuple(parts), per_query, sampled), left
+    unknown = no_estimate(query)
+    return Group(output, lse, *unknown, tuple(parts), per_query, sampled, found), left
 
 
 def _batches(offset: int, n: int) -> list[list[int]]:
@@ -507,16 +514,17 @@ def _stretch_rows(begin: int, settings: Settings, device: torch.device) -> Tenso
 
 
 @torch.no_grad()
-def _estimate(
+def _judged(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     output: Tensor,
     settings: Sequence[Settings],
+    held: Tensor,
     scale: float,
-) -> tuple[Tensor, Tensor, int]:
-    """Return the estimated errors of the last rows ``(R,)``, their upper bounds, and the number of rows
-    that it took.
+) -> tuple[Judged | None, int]:
+    """Return what estimates of the last rows are made of, those of earlier rows among it where the last
+    ones are few, and for how many rows attention was computed; None where all rows are exact.
 
     Args:
         query: ``(R, m, d)``, of the last m tokens.
@@ -524,20 +532,25 @@ def _estimate(
         value: ``(1, n, d_v)``.
         output: ``(R, m, d_v)``.
         settings: of each head.
+        held: ``(3, R, h)``, what is known of earlier rows.
         scale: factor of the logits.
     """
     m, n = query.shape[1], key.shape[1]
-    offset, most = n - m, 0
-    found = []
-    begins = [max(offset, Window(own.window, own.shared).begin) for own in settings]
-    count = min(2 * settings[0].samples, max(_LEAST, m // _PERIOD))
-    for heads, begin in _runs(begins):
-        if begin >= n:
-            found.append(no_estimate(query[heads]))
-            continue
-        rows = some_rows(begin, n, count, 1, settings[0].seed).to(query.device)
-        exact = exact_rows(query[heads], key, value, rows, scale, offset)
-        found.append(error_bound(output[heads], exact, rows, begin, offset))
-        most = max(most, len(rows))
-    mean, bound = (joined(parts) for parts in zip(*found, strict=True))
-    return mean, bound, most
+    offset, most = n - m, 2 * settings[0].samples
+    begin = max(offset, min(Window(own.window, own.shared).begin for own in settings))
+    if begin >= n:
+        return None, 0
+    count = min(most, n // _PERIOD - offset // _PERIOD)
+    rows = torch.empty(0, dtype=torch.int64)
+    if count or not held.shape[-1]:
+        rows = some_rows(begin, n, max(1, count), 1, settings[0].seed)
+    rows = rows.to(query.device)
+    exact = output[:, :0]
+    if len(rows):
+        exact = exact_rows(query, key, value, rows, scale, offset)
+    own = judged(output, exact, rows, begin, offset)
+    earlier = held[..., max(0, held.shape[-1] + len(rows) - most) :]
+    errors, norms, ours = (
+        torch.cat(parts, dim=1) for parts in zip(earlier, (own.errors, own.exact, own.own), strict=True)
+    )
+    return own._replace(errors=errors, exact=norms, own=ours), len(rows)
