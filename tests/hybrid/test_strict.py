@@ -254,7 +254,7 @@ class TestOneCall:
         inputs = qkv(1100, d=8)
         dispatch = strictly(inputs, **EVERYTHING).dispatch
         assert dispatch.parts == ("window", "columns", "blocks", "segments")
-        assert dispatch.sampled_rows == 2 * (40 // 8) + 1100 // 32
+        assert dispatch.sampled_rows == 2 * (40 // 8) + 2 * 40
         assert strictly([x[:, :, :80] for x in inputs], **EVERYTHING).dispatch.parts == ("window",)
 
     def test_the_seed_matters_and_repeats(self):

@@ -44,7 +44,8 @@ STRETCH = 512  # tokens that share their columns and segments
 # Sampled rows of a stretch, of those that a whole prompt has.
 _SHARE = 8
 _TOGETHER = 8  # stretches that are attended together
-_PERIOD = 32  # tokens of which one is a row for estimates, at most
+# Tokens of which one is a row for estimates, once there are as many as a whole prompt has, and before.
+_PERIOD, _FIRST_PERIOD = 32, 8
 
 
 class Running(NamedTuple):
@@ -540,7 +541,8 @@ def _judged(
     begin = max(offset, min(Window(own.window, own.shared).begin for own in settings))
     if begin >= n:
         return None, 0
-    count = min(most, n // _PERIOD - offset // _PERIOD)
+    missing = min(most - held.shape[-1], m // _FIRST_PERIOD)
+    count = min(most, max(missing, n // _PERIOD - offset // _PERIOD))
     rows = torch.empty(0, dtype=torch.int64)
     if count or not held.shape[-1]:
         rows = some_rows(begin, n, max(1, count), 1, settings[0].seed)
