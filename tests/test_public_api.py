@@ -73,8 +73,8 @@ def test_arguments_are_pinned():
     assert names(cb.hybrid_attention) == hybrid
     assert names(cb.hybrid_attention_stats) == hybrid
     assert names(cb.HybridState) == [
-        "window", "sinks", "columns", "blocks", "far_field", "num_segments", "samples", "scale",
-        "enable_gqa", "seed",
+        "window", "sinks", "columns", "blocks", "far_field", "num_segments", "key_weights",
+        "samples", "scale", "enable_gqa", "seed",
     ]  # fmt: skip
     assert names(cb.lowrank_attention) == [
         "q", "k", "v", "mask", "degree", "tolerance", "rank", "scale", "enable_gqa", "key_bias",

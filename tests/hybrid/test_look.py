@@ -126,6 +126,15 @@ def test_exact_heads_in_stretches(n, heads):
     assert bool((room[heads] == 7.0).all())
 
 
+@pytest.mark.parametrize(("m", "n"), [(1, 700), (300, 700), (2500, 4200), (4199, 4200)])
+def test_exact_heads_of_the_last_rows(m, n):
+    query, key, value = (x[0] for x in qkv(n, heads=2, kv_heads=1, dtype=torch.float32))
+    output, lse = attend_exactly(query[:, n - m :], key, value, 0.3)
+    every, sums = attend_exactly(query, key, value, 0.3)
+    assert torch.allclose(output, every[:, n - m :], atol=1e-5)
+    assert torch.allclose(lse, sums[:, n - m :], atol=1e-5)
+
+
 class TestInOrder:
     """Heads are picked without a copy where that is possible, and always in their order."""
 

@@ -10,9 +10,10 @@ from comparison import assert_close
 from oracle import gen, qkv
 
 import convbasis as cb
+from convbasis.hybrid.heads import attend_pieces, pieces_of_work
+from convbasis.hybrid.running import STRETCH, stretch_rows
 from convbasis.hybrid.sampling import own_rows
 from convbasis.hybrid.settings import Settings
-from convbasis.hybrid.strict import STRETCH, _stretch_rows
 from convbasis.hybrid.window import BLOCK, Window
 
 N = 1500
@@ -99,7 +100,7 @@ def dense(query, key, value, settings):
         outputs.append(output[begin:])
         sums.append(lse[begin:])
         if end == begin + STRETCH:
-            for row in _stretch_rows(begin, settings, query.device).tolist():
+            for row in stretch_rows(begin, settings, query.device).tolist():
                 mass[: counted[row]] += weights[row, : counted[row]]
                 sampled.append(row)
     return torch.cat(outputs), torch.cat(sums)
@@ -212,6 +213,35 @@ class TestOneCall:
         error = (output - exact).norm(dim=-1)[0, 0] / exact.norm(dim=-1)[0, 0]
         assert float(error[200:512].min()) > 0.3
         assert float(error[512:].max()) < 0.05
+
+    def test_a_column_is_found_while_it_is_in_the_windows(self):
+        """A key counts in rows a block after it, though their windows still hold it."""
+        query, key, value = qkv(1100, d=8, dtype=torch.float32)
+        query[..., 0] = 6.0
+        key[..., 0] = 0.0
+        key[:, :, 300, 0] = 9.0
+        options = {"window": 450, "sinks": 0, "columns": 2, "strict": True}
+        output = cb.hybrid_attention(query, key, value, **options)
+        exact = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        error = (output - exact).norm(dim=-1)[0, 0] / exact.norm(dim=-1)[0, 0]
+        assert float(error.max()) < 0.05
+        # Far enough for it to be before the windows.
+        without = cb.hybrid_attention(query, key, value, **{**options, "columns": 0})
+        assert float((without - exact).norm(dim=-1)[0, 0, 900:].min()) > 0.1
+
+    def test_key_weights_bring_segments_nearer(self):
+        """In each segment one key has all the weight: equal weights lose it among the others."""
+        query, key, value = qkv(2048, heads=2, d=8, dtype=torch.float32)
+        query[..., 0] = 3.0
+        key[..., 0] = 0.0
+        key[:, :, 17::64, 0] = 6.0
+        options = {"window": 64, "columns": 0, "far_field": "segments", "strict": True}
+        exact = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        errors = []
+        for key_weights in (False, True):
+            output = cb.hybrid_attention(query, key, value, key_weights=key_weights, **options)
+            errors.append(float((output - exact)[:, :, 600:].norm() / exact[:, :, 600:].norm()))
+        assert errors[1] < 0.5 * errors[0]
 
     @pytest.mark.parametrize("options", ALL, ids=str)
     def test_with_logits_of_0_the_normaliser_counts_keys(self, options):
@@ -351,6 +381,58 @@ class TestChunks:
                 assert 0.5 * error < float(stats.error_mean) < 2.0 * error
                 assert float(stats.error_estimate) > error
 
+    def test_estimates_are_of_the_latest_rows(self):
+        """One row in 32, and what came of the rows before."""
+        query, key, value = qkv(N, d=8)
+        state, ends, found = cb.HybridState(window=64), [1100, *range(1110, 1301, 10), N], []
+        for end in ends:
+            own = query[:, :, state.length : end], key[:, :, :end], value[:, :, :end]
+            found.append(state.attend_stats(*own))
+        rows = [stats.dispatch.sampled_rows for stats in found]
+        # About as many as asked for, and those for columns, of two stretches.
+        assert 120 <= rows[0] - 2 * 8 <= 128
+        assert sum(rows[:-1]) - 2 * 8 == pytest.approx(128 + 1300 // 32 - 1100 // 32, abs=2)
+        assert rows[-1] == pytest.approx(N // 32 - 1300 // 32, abs=2)
+        exact = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        for stats, begin, end in zip(found[1:-1], ends, ends[1:], strict=False):
+            part = exact[:, :, begin:end]
+            error = (stats.output - part).norm() / part.norm()
+            assert 0.5 * error < float(stats.error_mean) < 2.0 * error
+
+    def test_heads_with_settings_of_their_own(self):
+        """Heads of one layer that share keys, each with windows and parts of its own: as by itself."""
+        tensors = qkv(N, heads=6, kv_heads=2, d=8)
+        each = [
+            PLAIN,
+            WEIGHED,
+            {**WEIGHED, "window": 300},
+            BLOCKS,
+            WEIGHED,
+            {"window": 64, "columns": 0},
+        ]
+        defaults = {"sinks": 4, "blocks": 0, "far_field": "none", "num_segments": 128, "seed": 0}
+        own = [
+            Settings(**{"key_weights": False, **defaults, **options, "samples": 40}, strict=True)
+            for options in each
+        ]
+        pieces = pieces_of_work(tensors[0], tensors[1], 0, own)
+        assert [piece.heads for piece in pieces] == [[0, 1, 2], [3, 4, 5]]
+        running, outputs, bounds = None, [], []
+        for begin, end in itertools.pairwise((0, 300, 512, 1400, N)):
+            chunk = [tensors[0][:, :, begin:end], *(x[:, :, :end] for x in tensors[1:])]
+            groups, running = attend_pieces(*chunk, pieces, 8**-0.5, None, True, running)
+            outputs.append(torch.cat([group.output for group in groups])[None])
+            bounds.append(torch.cat([group.bound for group in groups]))
+        output = torch.cat(outputs, 2)
+        for head, options in enumerate(each):
+            alone = [x[:, [head // 3 if i else head]] for i, x in enumerate(tensors)]
+            expected, _, state = in_chunks(alone, [300, 512, 1400, N], **{**options, "samples": 40})
+            assert_close(expected, output[:, head : head + 1], whole=1e-12, row=1e-10)
+            assert state.length == N
+        for bound in bounds:
+            assert bool((bound > 0).all()), bounds
+            assert bool((bound < 5).all()), bounds
+
     def test_the_state_stays_small(self):
         inputs = qkv(N, heads=2, kv_heads=1, d=8)
         for n in (100, 511, 512, 600, 1023, N):
@@ -462,7 +544,7 @@ def test_sampled_rows_depend_on_place_and_seed_alone():
     def rows(begin, seed, samples=64):
         options = {"samples": samples, "key_weights": False, "num_segments": 1, "far_field": "none"}
         settings = Settings(window=9, sinks=0, columns=1, blocks=0, seed=seed, strict=True, **options)
-        return _stretch_rows(begin, settings, torch.device("cpu")).tolist()
+        return stretch_rows(begin, settings, torch.device("cpu")).tolist()
 
     assert rows(512, 0) == rows(512, 0)
     assert (

@@ -1,5 +1,6 @@
 """Prompts that come in chunks: approximated as one call is, exact where they cannot be."""
 
+import dataclasses
 import logging
 
 import pytest
@@ -8,7 +9,8 @@ from tiny_models import LITTLE, build, ids, padded, plan_for
 from transformers import DynamicCache, StaticCache
 
 import convbasis as cb
-from convbasis.plan import HeadSetting
+from convbasis.integrations.chunks import ChunkedLayer
+from convbasis.plan import HeadPlan, HeadSetting
 
 WEIGHED = HeadSetting(
     window=8, sinks=1, columns=4, blocks=1, far_field="segments", key_weights=True, correction=True
@@ -64,6 +66,57 @@ def test_chunks_of_any_size_give_what_one_call_gives(setting, static):
     assert worst(results[0], results[2]) <= 1e-5
     with torch.no_grad():
         assert worst(results[0], reference(tokens).logits) > 1e-3
+
+
+@torch.no_grad()
+def test_generation_with_chunks_of_the_prompt():
+    """Transformers' own option for prompts in chunks; decoding is exact on the cache that they left."""
+    model, reference = chunked(setting=WEIGHED)
+    tokens = ids(200)
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    mask = torch.ones_like(tokens)
+    found = model.generate(tokens, attention_mask=mask, prefill_chunk_size=70, **options)
+    report = cb.plan_report(model)
+    assert report.prefills == 3
+    assert report.heads_approximated == 3 * 8
+    cache = DynamicCache()
+    logits = in_chunks(model, tokens, [(0, 70), (70, 140), (140, 200)], cache)[:, -1:]
+    cb.remove_plan(model)
+    expected = tokens
+    for _ in range(5):
+        expected = torch.cat([expected, logits[:, -1:].argmax(-1)], dim=1)
+        logits = model(expected[:, -1:], past_key_values=cache).logits
+    assert torch.equal(found, expected)
+    # The first new tokens' logits differ from the exact model's, so that chunks were not exact.
+    assert worst(in_chunks(reference, tokens, [(0, 200)]), reference(tokens).logits) <= 1e-4
+
+
+@torch.no_grad()
+def test_heads_of_one_layer_have_settings_of_their_own():
+    """Windows that hold the prompt are exact whatever the heads beside them do."""
+    tokens = ids(200)
+    found = []
+    for others in (LITTLE, WEIGHED):
+        model, _ = chunked()
+        plan = plan_for(model, HeadSetting(window=300))
+        heads = [list(layer) for layer in plan.heads]
+        heads[-1][1::2] = [HeadPlan(others)] * len(heads[-1][1::2])
+        cb.apply_plan(model, dataclasses.replace(plan, heads=heads), dynamic=False, chunked=True)
+        seen = {}
+        forward = ChunkedLayer.attend
+
+        def attend(self, *inputs, seen=seen, forward=forward):
+            done = forward(self, *inputs)
+            seen.setdefault(self.length, []).append(done.output.clone())
+            return done
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ChunkedLayer, "attend", attend)
+            in_chunks(model, tokens, [(0, 100), (100, 200)])
+        found.append(torch.cat([seen[100][-1], seen[200][-1]], 2))
+    even, odd = (found[0][:, i::2] - found[1][:, i::2] for i in (0, 1))
+    assert float(even.abs().max()) <= 1e-6
+    assert float(odd.abs().max()) > 1e-4
 
 
 def test_a_head_that_exceeds_the_tolerance_is_exact_in_its_chunk():

@@ -10,8 +10,8 @@ from torch import Tensor
 from ..checks import check_finite, check_qkv, check_scale
 from ..errors import InputError
 from .heads import HybridStats, attend_heads
+from .running import Running
 from .settings import Settings, check_settings
-from .strict import Running
 
 
 class _Kind(NamedTuple):
@@ -47,8 +47,9 @@ class HybridState:
         num_segments: at most that many segments.
         key_weights: weigh the keys of a segment, and the segments, by what sampled rows of earlier
             stretches looked at.
-        samples: rows of exact attention for the estimate of each chunk; an eighth of them for columns
-            and weights, in each stretch.
+        samples: an eighth of them are rows of exact attention for columns and weights, in each stretch.
+            Estimates are made of the latest ``2 samples`` of other rows, one in 32 tokens, one in 8 of
+            them until there are so many.
         scale: factor of the logits; ``1/sqrt(d)`` by default.
         enable_gqa: allow H to be a multiple of H_kv.
         seed: of all samples.
@@ -58,7 +59,8 @@ class HybridState:
 
     Complexity:
         For m tokens after n that of `hybrid_attention` for m queries, O((n + m) d) for checks and
-        segments, and that of up to 63 queries more where a chunk does not begin at a multiple of 64.
+        segments, O(m (n + m) d / 32) for sampled rows, and that of up to 63 queries more where a chunk
+        does not begin at a multiple of 64.
 
     Source:
         B4 of docs/mathematics.md.
@@ -123,7 +125,11 @@ class HybridState:
         return self._attend(query, key, value, False).output
 
     def attend_stats(self, query: Tensor, key: Tensor, value: Tensor) -> HybridStats:
-        """Return `attend` with its log-sum-exp, an estimate of these rows' error, and what ran."""
+        """Return `attend` with its log-sum-exp, an estimate of the error, and what ran.
+
+        The estimate is about these tokens, and about those before them where these have few sampled
+        rows: the latest ``2 samples`` rows make it.
+        """
         return self._attend(query, key, value, True)
 
     def numbers(self) -> int:

@@ -72,8 +72,7 @@ def hybrid_attention(
             each sequence gives what it gives without its padding. Rows at padding are 0.
         seed: of all samples; the same input gives the same output.
         strict: choose for each query from earlier tokens alone, see below; without ``"conv"``,
-            ``"lowrank"``, key_weights and correction, and with ``samples / 8`` sampled rows for each
-            512 tokens.
+            ``"lowrank"`` and correction, and with ``samples / 8`` sampled rows for each 512 tokens.
         correction: compute four rows of each 128 exactly, and add their mean difference, interpolated,
             to the rows between them.
 
@@ -86,14 +85,15 @@ def hybrid_attention(
 
     Causality:
         Columns, blocks and fits look at later queries: for prompts, of which only what comes after is
-        used, not for training. With strict=True row i depends on tokens 0..i alone: columns are chosen
-        for stretches of 512 tokens from rows of the stretches before, blocks from rows of the block of
-        queries before. What a prompt looks at is then found one stretch, or one block, later.
-        `HybridState` gives the same in chunks.
+        used, not for training. With strict=True row i depends on tokens 0..i alone: columns and key
+        weights are made for stretches of 512 tokens from rows of the stretches before, blocks chosen
+        from rows of the block of queries before. What a prompt looks at is then found one stretch, or
+        one block, later. `HybridState` gives the same in chunks.
 
     Complexity:
         O(n w (d + d_v)) time for w keys of each query, plus O(n^2 d / 32) for the choice of blocks and
-        as much again for correction, plus O(s n d) for s samples. O(n (d + d_v)) memory; ``"conv"`` and
+        as much again for correction, plus O(s n d) for s samples, with strict=True for s of each
+        4,096 tokens. O(n (d + d_v)) memory; ``"conv"`` and
         ``"lowrank"`` take s n numbers more for each head that is at work: on a processor one for each
         thread.
 

@@ -18,8 +18,9 @@ from .exact import attend_exactly
 from .group import Group, attend_group, no_estimate, nothing
 from .joined import joined
 from .look import FITTED, Look, Looked, first_sampled, in_order
+from .running import Running, at_the_start
 from .settings import Settings
-from .strict import Running, at_the_start, attend_strictly
+from .strict import attend_strictly
 from .window import Window
 
 _TOGETHER = 4  # heads of one piece of work on a processor, at most

@@ -10,8 +10,8 @@ from torch import Tensor
 from ..checks import check_qkv
 from ..hybrid.exact import serves_exactly
 from ..hybrid.heads import Together, attend_pieces, pieces_of_work
+from ..hybrid.running import Running
 from ..hybrid.settings import Settings, check_settings
-from ..hybrid.strict import Running
 from ..plan import HeadPlan, HeadSetting
 from .prefill import OTHERS, Prefill, attend_last_rows, of_heads
 

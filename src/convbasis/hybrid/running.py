@@ -1,0 +1,143 @@
+"""What strictly causal choices are made from: sampled rows of the stretches of tokens that are over.
+
+All places are absolute, and what a stretch leaves is made of the same numbers in the same shapes
+however many tokens come at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .group import lengthened
+from .joined import joined
+from .runs import runs
+from .sampling import own_rows, sampled_rows
+from .segments import Weighing
+from .settings import Settings
+from .window import BLOCK, Window
+
+STRETCH = 512  # tokens that share their columns and segments
+# Sampled rows of a stretch, of those that a whole prompt has.
+_SHARE = 8
+
+
+class Running(NamedTuple):
+    """What the choices of later tokens are made from, of R heads of one key-value head."""
+
+    mass: Tensor
+    """``(R, s·512)``, weights of keys a block and more before the sampled rows of whole stretches,
+    summed over them."""
+    queries: Tensor
+    """``(R, q, d)``, the last queries: of the stretch that is not over, and of the last blocks."""
+    first: int
+    """Position of the first of them."""
+    rows: Tensor
+    """``(r,)`` positions of the sampled rows; none if no head weighs keys."""
+    sampled: Tensor
+    """``(R, r, d)``, their queries."""
+    lse: Tensor
+    """``(R, r)``, their log-sum-exp."""
+    held: Tensor
+    """``(3, R, h)`` float64, the norms of errors, of exact attention and of our own in the latest rows
+    for estimates."""
+
+    def numbers(self) -> int:
+        """Return how many numbers these are."""
+        tensors = (self.mass, self.queries, self.rows, self.sampled, self.lse, self.held)
+        return sum(tensor.numel() for tensor in tensors)
+
+    def earlier(self, heads: slice | list[int], low: int, high: int) -> Tensor:
+        """Return the queries of tokens low .. high - 1, which are among the last, in some heads."""
+        return self.queries[heads, low - self.first : high - self.first]
+
+
+def at_the_start(query: Tensor) -> Running:
+    """Return what is known before the first of queries ``(R, m, d)``."""
+    nothing, none = query.new_zeros((len(query), 0)), query.new_zeros((len(query), 0, query.shape[-1]))
+    rows = torch.empty(0, dtype=torch.int64, device=query.device)
+    held = torch.empty((3, len(query), 0), dtype=torch.float64, device=query.device)
+    return Running(nothing, none, 0, rows, none, nothing, held)
+
+
+@torch.no_grad()
+def with_stretch(
+    running: Running,
+    key: Tensor,
+    settings: Sequence[Settings],
+    scale: float,
+) -> Running:
+    """Return what is known with the sampled rows of the stretch that ends with the last key.
+
+    Args:
+        running: what is known without them.
+        key: ``(1, n, d)``.
+        settings: of each head.
+        scale: factor of the logits.
+    """
+    rows = stretch_rows(key.shape[1] - STRETCH, settings[0], key.device)
+    exact = sampled_rows(running.queries, key, rows, scale, running.first)
+    windows = runs([_counted(own.window) for own in settings])
+    more = joined([exact.of(heads).mass_before(own.first(rows)) for heads, own in windows])
+    running = running._replace(mass=lengthened(running.mass[..., None], key.shape[1])[..., 0] + more)
+    if not any(own.key_weights for own in settings):
+        return running
+    return running._replace(
+        rows=torch.cat([running.rows, rows]),
+        sampled=torch.cat([running.sampled, running.queries[:, rows - running.first]], dim=1),
+        lse=torch.cat([running.lse, exact.lse], dim=1),
+    )
+
+
+def rows_of_a_stretch(settings: Settings) -> int:
+    """Return how many rows of each stretch are sampled."""
+    return max(1, min(settings.samples // _SHARE, STRETCH // 2))
+
+
+def stretch_rows(begin: int, settings: Settings, device: torch.device) -> Tensor:
+    """Return the sampled rows of a stretch, for fits; they depend on its place and the seed alone."""
+    generator = torch.Generator().manual_seed((settings.seed * 0x9E3779B1 + begin) % (1 << 63))
+    places = torch.randperm(STRETCH // 2, generator=generator)[: rows_of_a_stretch(settings)]
+    places = places.sort().values
+    return own_rows(begin + 2 * places, 0, settings.seed).to(device)
+
+
+def _counted(window: int) -> Window:
+    """Return the window before which the keys of a sampled row count: of a block, where the window of
+    attention is longer, since what a row has there lies beyond the windows of the next stretch.
+    """
+    return Window(min(window, BLOCK), BLOCK)
+
+
+def weighing_of(
+    heads: list[int], windows: Sequence[Window], begins: Sequence[int], before: Sequence[Running]
+) -> Weighing:
+    """Return what weighs the keys of segments in each of the heads and stretches."""
+    last, number = before[-1], len(before)
+    rows = torch.stack([_counted(window.tokens).first(last.rows) for window in windows])
+    known = torch.tensor([len(each.rows) for each in before], device=rows.device)
+    counts = torch.arange(len(last.rows), device=rows.device) < known[:, None]
+    first = rows[:, None].where(counts, 0).flatten(0, 1)
+    tokens = torch.tensor([begin + STRETCH for begin in begins], device=rows.device)
+    return Weighing(
+        last.sampled[heads].repeat_interleave(number, 0),
+        first,
+        last.lse[heads].repeat_interleave(number, 0),
+        stacked([each.mass[heads] for each in before], 0.0),
+        tokens.repeat(len(heads))[:, None],
+    )
+
+
+def stacked(of_stretches: Sequence[Tensor], padding: float) -> Tensor:
+    """Return tensors ``(R, ..., p)`` of stretches as one, ``(R·stretches, ..., p)``, all as long."""
+    longest = max(tensor.shape[-1] for tensor in of_stretches)
+    equal = [
+        torch.nn.functional.pad(tensor, (0, longest - tensor.shape[-1]), value=padding)
+        if tensor.shape[-1] < longest
+        else tensor
+        for tensor in of_stretches
+    ]
+    return torch.stack(equal, 1).flatten(0, 1)
