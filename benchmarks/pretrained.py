@@ -8,6 +8,7 @@
     python benchmarks/pretrained.py passkey [--lengths 2048 4096 8192]
     python benchmarks/pretrained.py long [--lengths 32768]
     python benchmarks/pretrained.py chunks [--lengths 8192] [--sizes 1024 2048 4096]
+    python benchmarks/pretrained.py chunk_bounds [--lengths 8192] [--sizes 512 1024 2048 4096]
 
 `calibrate` makes a plan for SmolLM2-135M from English prose and keeps it beside the results; it goes on
 where it was stopped. `score` takes other texts: n - 512 tokens are the prompt, attended to by the plan,
@@ -23,7 +24,8 @@ calls of attention in the prompt, fits, choices and estimates included, and of t
 take turns; a ratio is of medians. `passkey` hides five digits at several depths of prose and asks for
 them. `long` gives the plan a prompt beyond the model's positions, which are stretched, and times it.
 `chunks` scores as `score` does, with prompts in chunks of so many tokens beside whole ones; times are
-beside exact attention in the same chunks.
+beside exact attention in the same chunks. `chunk_bounds` compares the bounds of chunks, in all heads of
+three layers, with their errors and with those of the latest tokens that the bounds are about.
 """
 
 from __future__ import annotations
@@ -703,6 +705,58 @@ def chunks(options: argparse.Namespace) -> None:
     _chunks_table(rows)
 
 
+@torch.no_grad()
+def chunk_bounds(options: argparse.Namespace) -> None:
+    """How often the bounds of chunks hold."""
+    loaded = load_smollm2()
+    settings: list[dict[str, Any]] = [
+        {"window": 128},
+        {"window": 256},
+        {"window": 320, **FAR},
+        {"window": 960, **FAR},
+    ]
+    rows = []
+    for n, (text, content) in itertools.product(options.lengths, texts(options.text).items()):
+        if options.kinds and text not in options.kinds:
+            continue
+        ids = token_ids(loaded.tokenizer, content, n)
+        for layer, given in capture_layers(loaded.model, ids, (5, 14, 23)).items():
+            query, key, value, scale = given
+            exact = torch.nn.functional.scaled_dot_product_attention(
+                query, key, value, is_causal=True, scale=scale, enable_gqa=True
+            )
+            for size, own in itertools.product(options.sizes, settings):
+                state = cb.HybridState(columns=60, enable_gqa=True, scale=scale, **own)
+                output = torch.empty_like(exact)
+                for low in range(0, n, size):
+                    high = min(n, low + size)
+                    chunk = query[:, :, low:high], key[:, :, :high], value[:, :, :high]
+                    stats = state.attend_stats(*chunk)
+                    output[:, :, low:high] = stats.output
+                    if high <= own["window"] + 2 * 64:  # nearly all of it is exact
+                        continue
+                    for first, what in ((low, "chunk"), (max(0, high - 4096), "latest")):
+                        part = exact[:, :, first:high]
+                        error = (output[:, :, first:high] - part).norm(dim=(2, 3))
+                        ratio = stats.error_estimate / (error / part.norm(dim=(2, 3)))
+                        found = {"n": n, "text": text, "layer": layer, "size": size, "of": what}
+                        rows.append({**found, "setting": str(own), "ratios": ratio[0].tolist()})
+    print("| tokens of a chunk | bounds | hold for the latest 4,096 tokens | for the chunk | median |")
+    print("|---|---|---|---|---|")
+    for size in options.sizes:
+        latest, chunk = (
+            torch.tensor(
+                [x for row in rows if (row["size"], row["of"]) == (size, what) for x in row["ratios"]]
+            )
+            for what in ("latest", "chunk")
+        )
+        print(
+            f"| {size:,} | {len(chunk):,} | {float((latest >= 1).double().mean()):.1%} "
+            f"| {float((chunk >= 1).double().mean()):.1%} | {float(latest.median()):.2f} |"
+        )
+    _save(options.folder / "pretrained-chunk-bounds.json", rows)
+
+
 def _chunks_table(rows: list[dict[str, Any]]) -> None:
     print(
         "\n| n | tokens of a chunk | method | attention | prompt "
@@ -853,7 +907,7 @@ def _save(path: Path, rows: list[dict[str, Any]], **others: Any) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     jobs = parser.add_subparsers(required=True)
-    for job in (calibrate, score, curve, parts, bounds, passkey, long, chunks):
+    for job in (calibrate, score, curve, parts, bounds, passkey, long, chunks, chunk_bounds):
         part = jobs.add_parser(job.__name__)
         part.set_defaults(job=job)
         part.add_argument("--length", type=int, default=8192, help="of the calibration")
@@ -863,14 +917,17 @@ def main() -> None:
             part.add_argument("--tolerance", type=float, default=0.4)
             part.add_argument("--budget", type=float, default=0.001, help="KL, in nats")
             continue
-        lengths = {long: [32_768], curve: [8192], chunks: [8192]}.get(job, [2048, 4096, 8192])
+        lengths = {long: [32_768], curve: [8192], chunks: [8192], chunk_bounds: [8192]}.get(
+            job, [2048, 4096, 8192]
+        )
         part.add_argument("--lengths", type=int, nargs="+", default=lengths)
         part.add_argument("--repeats", type=int, default=1)
-        if job in (score, curve, parts, bounds, chunks):
+        if job in (score, curve, parts, bounds, chunks, chunk_bounds):
             part.add_argument("--text", type=Path, nargs="*", default=[])
             part.add_argument("--kinds", nargs="*", default=[], help="of texts; all by default")
-        if job is chunks:
-            part.add_argument("--sizes", type=int, nargs="+", default=[1024, 2048, 4096])
+        if job in (chunks, chunk_bounds):
+            sizes = [1024, 2048, 4096] if job is chunks else [512, 1024, 2048, 4096]
+            part.add_argument("--sizes", type=int, nargs="+", default=sizes)
         if job in (score, curve, parts, bounds):
             part.add_argument("--methods", nargs="*", default=[])
             part.add_argument(

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import itertools
 import logging
+import shutil
 
 import pytest
 import torch
@@ -156,6 +157,19 @@ class TestEverythingInTheWindow:
         model = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu")
         cb.apply_plan(model, plan_for(model))
         assert worst(logits(model, inputs()), logits(build(), inputs())) <= 1e-5
+        assert cb.plan_report(model).heads_approximated == 16
+
+    def test_a_layer_whose_weights_are_on_disk(self, tmp_path):
+        build().save_pretrained(tmp_path)
+        here = ["model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"]
+        places = {**dict.fromkeys(here, "cpu"), "model.layers.1": "disk"}
+        model = AutoModelForCausalLM.from_pretrained(
+            tmp_path, device_map=places, offload_folder=tmp_path / "offloaded"
+        )
+        assert next(model.model.layers[1].parameters()).device.type == "meta"
+        cb.apply_plan(model, plan_for(model, LITTLE), dynamic=False, last_rows=0)
+        expected, _ = planned(setting=LITTLE, dynamic=False)
+        assert worst(logits(model, inputs()), logits(expected, inputs())) <= 1e-6
         assert cb.plan_report(model).heads_approximated == 16
 
 
@@ -745,6 +759,13 @@ class TestCompile:
         compiled = torch.compile(model, backend="eager")
         assert worst(logits(compiled, given), expected) <= 1e-5
         assert cb.plan_report(compiled) == (4, 32, 0, 0)
+
+    @pytest.mark.skipif(shutil.which("g++") is None, reason="the default backend needs a compiler")
+    def test_the_default_backend(self):
+        model, _ = planned(setting=LITTLE, dynamic=False)
+        expected = logits(model, inputs())
+        assert worst(logits(torch.compile(model), inputs()), expected) <= 1e-4
+        assert cb.plan_report(model) == (4, 32, 0, 0)
 
     def test_a_plan_for_a_compiled_model(self):
         model, _ = planned(setting=LITTLE, dynamic=False)
