@@ -88,7 +88,8 @@ def hybrid_attention(
         used, not for training. With strict=True row i depends on tokens 0..i alone: columns and key
         weights are made for stretches of 512 tokens from rows of the stretches before, blocks chosen
         from rows of the block of queries before. What a prompt looks at is then found one stretch, or
-        one block, later. `HybridState` gives the same in chunks.
+        one block, later; where anything is chosen, the first 512 tokens are exact. `HybridState` gives
+        the same in chunks.
 
     Complexity:
         O(n w (d + d_v)) time for w keys of each query, plus O(n^2 d / 32) for the choice of blocks and

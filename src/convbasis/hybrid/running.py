@@ -20,7 +20,7 @@ from .segments import Weighing
 from .settings import Settings
 from .window import BLOCK, Window
 
-STRETCH = 512  # tokens that share their columns and segments
+STRETCH = 512  # tokens that share their columns and segments; the first of them are exact
 # Sampled rows of a stretch, of those that a whole prompt has.
 _SHARE = 8
 
@@ -90,6 +90,20 @@ def with_stretch(
         sampled=torch.cat([running.sampled, running.queries[:, rows - running.first]], dim=1),
         lse=torch.cat([running.lse, exact.lse], dim=1),
     )
+
+
+def window_at(begin: int, settings: Settings) -> Window:
+    """Return the window in the stretch that begins there. Of the first one nothing is known: where keys
+    are chosen, it sees all of them, which takes no longer than a window and choices do.
+    """
+    first = begin == 0 and settings.shared > 1
+    return Window(max(settings.window, STRETCH) if first else settings.window, settings.shared)
+
+
+def first_not_exact(settings: Settings) -> int:
+    """Return the first row that has keys before its window."""
+    begin = Window(settings.window, settings.shared).begin
+    return begin if settings.shared == 1 else max(begin, STRETCH)
 
 
 def rows_of_a_stretch(settings: Settings) -> int:

@@ -12,7 +12,7 @@ from .beyond import attention_beyond
 from .columns import column_attention
 from .group import Beyond, first_keys, keys_beyond, lengthened
 from .joined import joined
-from .running import STRETCH, Running, stacked, weighing_of
+from .running import STRETCH, Running, first_not_exact, stacked, weighing_of
 from .runs import runs
 from .segments import segment_length
 from .selection import heaviest, heavy_blocks
@@ -68,7 +68,7 @@ def attend_stretches(
     low, high = key.shape[1] - query.shape[1], key.shape[1]
     own = settings[heads[0]]
     windows = [Window(settings[head].window, own.shared) for head in heads]
-    if high <= min(window.begin for window in windows):
+    if high <= min(first_not_exact(settings[head]) for head in heads):
         return Far(heads, None, None)
     if own.shared == 1:  # nothing but the first tokens
         if not own.sinks:
@@ -189,23 +189,17 @@ def _chosen(
         scale: factor of the logits.
     """
     low, high = part
-    alone = int(low == 0)  # nobody is there to choose for the first block
-    earlier = running.earlier(heads, low + (alone - 1) * BLOCK, high - BLOCK)
-    total = key.shape[1] // BLOCK
-    if not earlier.shape[1]:
-        return torch.full((len(heads), alone, 1), total, device=key.device)
     # One block at a time: the same numbers in chunks of any size.
-    found = heavy_blocks(
-        earlier,
+    return heavy_blocks(
+        running.earlier(heads, low - BLOCK, high - BLOCK),
         key,
         columns,
-        first[alone:].div(BLOCK, rounding_mode="floor"),
+        first.div(BLOCK, rounding_mode="floor"),
         settings.blocks,
         BLOCK,
         scale,
         settings.seed,
-        first=low // BLOCK + alone - 1,
+        first=low // BLOCK - 1,
         together=1,
         each=True,
     ).blocks
-    return torch.nn.functional.pad(found, (0, 0, alone, 0), value=total)

@@ -21,12 +21,12 @@ from .look import in_order
 from .piece import merge
 from .put_down import PutDown, put_down
 from .rows import exact_rows
-from .running import STRETCH, Running, rows_of_a_stretch, with_stretch
+from .running import STRETCH, Running, first_not_exact, rows_of_a_stretch, window_at, with_stretch
 from .runs import runs
 from .sampling import some_rows
 from .settings import Settings
 from .stretches import Far, attend_stretches
-from .window import BLOCK, Window, window_attention
+from .window import BLOCK, window_attention
 
 _TOGETHER = 8  # stretches that are attended together
 # Tokens of which one is a row for estimates, once there are as many as a whole prompt has, and before.
@@ -183,8 +183,8 @@ def _put_down(
         far: attention of all heads to keys before their windows.
         scale: factor of the logits.
     """
-    window = Window(settings.window, settings.shared)
     offset = key.shape[1] - query.shape[1]
+    window = window_at(offset // STRETCH * STRETCH, settings)
     output, lse = window_attention(query, key, value, window, offset, scale)
     for found in far:
         more = found.of(heads)
@@ -195,7 +195,7 @@ def _put_down(
 
 def _batches(offset: int, n: int) -> list[list[int]]:
     """Return where the stretches of tokens offset .. n - 1 begin: in one list those that are attended
-    to together, whole ones, or a part of one.
+    to together, whole ones, or a part of one, or the first.
     """
     found: list[list[int]] = []
     together = False
@@ -205,7 +205,7 @@ def _batches(offset: int, n: int) -> list[list[int]]:
             found[-1].append(begin)
         else:
             found.append([begin])
-        together = whole
+        together = whole and begin > 0
     return found
 
 
@@ -244,7 +244,7 @@ def _judged(
     """
     m, n = query.shape[1], key.shape[1]
     offset, most = n - m, 2 * settings[0].samples
-    begin = max(offset, min(Window(own.window, own.shared).begin for own in settings))
+    begin = max(offset, min(map(first_not_exact, settings)))
     if begin >= n:
         return None, 0
     missing = min(most - held.shape[-1], m // _FIRST_PERIOD)
