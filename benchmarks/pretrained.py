@@ -733,7 +733,7 @@ def chunk_bounds(options: argparse.Namespace) -> None:
                     chunk = query[:, :, low:high], key[:, :, :high], value[:, :, :high]
                     stats = state.attend_stats(*chunk)
                     output[:, :, low:high] = stats.output
-                    if high <= own["window"] + 2 * 64:  # nearly all of it is exact
+                    if high <= max(512, own["window"] + 2 * 64):  # nearly all of it is exact
                         continue
                     for first, what in ((low, "chunk"), (max(0, high - 4096), "latest")):
                         part = exact[:, :, first:high]

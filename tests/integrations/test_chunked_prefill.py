@@ -71,7 +71,7 @@ def test_chunks_of_any_size_give_what_one_call_gives(setting, static):
 @torch.no_grad()
 def test_generation_with_chunks_of_the_prompt():
     """Transformers' own option for prompts in chunks; decoding is exact on the cache that they left."""
-    model, reference = chunked(setting=WEIGHED)
+    model, _ = chunked(setting=WEIGHED)
     tokens = ids(700)
     options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
     mask = torch.ones_like(tokens)
@@ -87,8 +87,10 @@ def test_generation_with_chunks_of_the_prompt():
         expected = torch.cat([expected, logits[:, -1:].argmax(-1)], dim=1)
         logits = model(expected[:, -1:], past_key_values=cache).logits
     assert torch.equal(found, expected)
-    # The first new tokens' logits differ from the exact model's, so that chunks were not exact.
-    assert worst(in_chunks(reference, tokens, [(0, 700)]), reference(tokens).logits) <= 1e-4
+    exact = model(tokens).logits[:, -1:]
+    assert worst(in_chunks(model, tokens, [(0, 700)])[:, -1:], exact) <= 1e-4
+    cb.apply_plan(model, plan_for(model, WEIGHED, length=700), dynamic=False, chunked=True)
+    assert worst(in_chunks(model, tokens, [(0, 270), (270, 700)])[:, -1:], exact) > 1e-3
 
 
 @torch.no_grad()
@@ -193,10 +195,36 @@ def test_a_chunk_of_another_prompt_is_exact(caplog):
 def test_the_mask_of_a_long_chunk_takes_linear_memory(monkeypatch):
     model, reference = chunked(plan={"tolerance": 1e-9, "exact_heads": (1,)}, dynamic=True)
     monkeypatch.setattr("convbasis.integrations.prefill._ROWS", 30)
+    monkeypatch.setattr("convbasis.integrations.chunks.serves_exactly", lambda *tensors: False)
     tokens = ids(700)
     with torch.no_grad():
         expected = reference(tokens).logits
     assert worst(in_chunks(model, tokens, [(0, 540), (540, 700)]), expected) <= 1e-4
+
+
+def test_what_is_known_stays_with_its_heads():
+    """Whether or not exact heads are pieces of the same work: with gradients they are not."""
+    tokens = ids(700, 2)
+    found = []
+    for recorded in (False, True):
+        model, _ = chunked(plan={"exact_heads": (0,)})
+        cache = DynamicCache()
+        with torch.no_grad():
+            model(tokens[:, :600], past_key_values=cache)
+        with torch.set_grad_enabled(recorded):
+            logits = model(tokens[:, 600:], past_key_values=cache).logits
+        assert logits.requires_grad == recorded
+        found.append(logits.detach())
+    assert worst(*found) <= 1e-5
+
+
+def test_weights_of_half_precision():
+    tokens = ids(700)
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model, _ = chunked(setting=WEIGHED, plan={"exact_heads": (1,)})
+        results.append(in_chunks(model.to(dtype), tokens, [(0, 600), (600, 700)]).float())
+    assert float((results[0] - results[1]).norm() / results[0].norm()) < 0.03
 
 
 def test_padded_prompts_are_exact(caplog):

@@ -301,7 +301,7 @@ def keys_beyond(
         shared.append(column_keys(key, value, columns, first))
         parts.append("columns")
     if chosen is not None:
-        gathered.append(block_keys(key, value, chosen, seen))
+        gathered.append(block_keys(key, value, chosen, seen, settings.strict))
         parts.append("blocks")
     if settings.far_field == "segments":
         elsewhere = seen.clone()

@@ -15,7 +15,7 @@ from torch import Tensor
 from .group import lengthened
 from .joined import joined
 from .runs import runs
-from .sampling import own_rows, sampled_rows
+from .sampling import own_rows, sampled_rows, some_rows
 from .segments import Weighing
 from .settings import Settings
 from .window import BLOCK, Window
@@ -23,6 +23,9 @@ from .window import BLOCK, Window
 STRETCH = 512  # tokens that share their columns and segments; the first of them are exact
 # Sampled rows of a stretch, of those that a whole prompt has.
 _SHARE = 8
+# Tokens of which one is a row for estimates, and until there are as many as a whole prompt has.
+PERIOD, _FIRST_PERIOD = 32, 8
+_DRAWN = 1021  # periods after which places of rows for estimates repeat
 
 
 class Running(NamedTuple):
@@ -41,13 +44,13 @@ class Running(NamedTuple):
     """``(R, r, d)``, their queries."""
     lse: Tensor
     """``(R, r)``, their log-sum-exp."""
-    held: Tensor
-    """``(3, R, h)`` float64, the norms of errors, of exact attention and of our own in the latest rows
-    for estimates."""
+    held: tuple[Tensor, ...]
+    """For each head ``(4, h)`` float64: of the latest rows for estimates the norms of errors, of exact
+    attention and of our own, and their positions."""
 
     def numbers(self) -> int:
         """Return how many numbers these are."""
-        tensors = (self.mass, self.queries, self.rows, self.sampled, self.lse, self.held)
+        tensors = (self.mass, self.queries, self.rows, self.sampled, self.lse, *self.held)
         return sum(tensor.numel() for tensor in tensors)
 
     def earlier(self, heads: slice | list[int], low: int, high: int) -> Tensor:
@@ -59,8 +62,8 @@ def at_the_start(query: Tensor) -> Running:
     """Return what is known before the first of queries ``(R, m, d)``."""
     nothing, none = query.new_zeros((len(query), 0)), query.new_zeros((len(query), 0, query.shape[-1]))
     rows = torch.empty(0, dtype=torch.int64, device=query.device)
-    held = torch.empty((3, len(query), 0), dtype=torch.float64, device=query.device)
-    return Running(nothing, none, 0, rows, none, nothing, held)
+    held = torch.empty((4, 0), dtype=torch.float64, device=query.device)
+    return Running(nothing, none, 0, rows, none, nothing, (held,) * len(query))
 
 
 @torch.no_grad()
@@ -83,7 +86,7 @@ def with_stretch(
     windows = runs([_counted(own.window) for own in settings])
     more = joined([exact.of(heads).mass_before(own.first(rows)) for heads, own in windows])
     running = running._replace(mass=lengthened(running.mass[..., None], key.shape[1])[..., 0] + more)
-    if not any(own.key_weights for own in settings):
+    if not any(own.weighs_keys for own in settings):
         return running
     return running._replace(
         rows=torch.cat([running.rows, rows]),
@@ -93,8 +96,8 @@ def with_stretch(
 
 
 def window_at(begin: int, settings: Settings) -> Window:
-    """Return the window in the stretch that begins there. Of the first one nothing is known: where keys
-    are chosen, it sees all of them, which takes no longer than a window and choices do.
+    """Return the window in the stretch that begins there. Of the first one nothing is known: where
+    there is more than a window and first tokens, it sees all keys.
     """
     first = begin == 0 and settings.shared > 1
     return Window(max(settings.window, STRETCH) if first else settings.window, settings.shared)
@@ -117,6 +120,35 @@ def stretch_rows(begin: int, settings: Settings, device: torch.device) -> Tensor
     places = torch.randperm(STRETCH // 2, generator=generator)[: rows_of_a_stretch(settings)]
     places = places.sort().values
     return own_rows(begin + 2 * places, 0, settings.seed).to(device)
+
+
+def rows_to_judge(begin: int, end: int, first: int, most: int, seed: int, needed: bool) -> Tensor:
+    """Return the rows of begin .. end - 1 for estimates, one at random in each period of tokens, or as
+    many as there may be, evenly.
+
+    Args:
+        begin: first token.
+        end: end of them.
+        first: the first token that is not exact: periods are short after it.
+        most: rows, at most.
+        seed: of the rows.
+        needed: whether there must be one.
+    """
+    edge = first // PERIOD * PERIOD + most * _FIRST_PERIOD
+    early = _in_periods(begin, min(end, edge), _FIRST_PERIOD, seed)
+    rows = torch.cat([early, _in_periods(max(begin, edge), end, PERIOD, seed)])
+    if len(rows) > most or (needed and not len(rows)):
+        return some_rows(begin, end, min(most, end - begin), 1, seed)
+    return rows
+
+
+def _in_periods(begin: int, end: int, period: int, seed: int) -> Tensor:
+    """Return one row of each period, as far as it is among begin .. end - 1, a row for estimates."""
+    generator = torch.Generator().manual_seed(seed)
+    places = torch.randint(0, period // 2, (_DRAWN,), generator=generator)
+    periods = torch.arange(begin // period, max(begin // period, -(-end // period)))
+    rows = own_rows(periods * period + 2 * places[periods % _DRAWN], 1, seed)
+    return rows[(rows >= begin) & (rows < end)]
 
 
 def _counted(window: int) -> Window:

@@ -146,7 +146,8 @@ def _corrections(keys: Tensor, weighing: Weighing, span: int, seen: Tensor, scal
         numbers = numbers.to(exact.dtype)
         logits = joined([x[None] @ y.mT[None] for x, y in zip(query, keys, strict=True)])
         logits = logits * scale + numbers.log()
-        model += (logits - lse[..., None]).exp().sum(1)
+        # What does not count here counts nothing, however large its logit.
+        model += (logits - lse[..., None]).exp().masked_fill(numbers == 0, 0.0).sum(1)
         counted += numbers.sum(1)
     tiny = torch.finfo(exact.dtype).tiny
     found = exact.clamp(min=tiny).log() - model.clamp(min=tiny).log()

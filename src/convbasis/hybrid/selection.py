@@ -141,7 +141,9 @@ def heavy_blocks(
         weight = torch.zeros_like(weight).flatten(1).scatter_(1, heaviest.indices, heaviest.values)
         weight = weight.view(found.shape)
     found = found.masked_fill_(weight <= 0, total).sort(-1).values
-    return HeavyBlocks(found[..., : max(1, int((found < total).sum(-1).max()))], exact)
+    if not each:
+        found = found[..., : max(1, int((found < total).sum(-1).max()))]
+    return HeavyBlocks(found, exact)
 
 
 @kept(32)
@@ -157,7 +159,9 @@ def rows_of_blocks(size: int, seed: int, blocks: int, real: int) -> Tensor:
     return rows.clamp(max=int(last[last < real].max()) if bool((last < real).any()) else 0)
 
 
-def block_keys(key: Tensor, value: Tensor, chosen: Tensor, seen: Tensor) -> Gathered:
+def block_keys(
+    key: Tensor, value: Tensor, chosen: Tensor, seen: Tensor, alike: bool = False
+) -> Gathered:
     """Return chosen blocks of keys as keys of blocks of queries, without those that are seen already.
 
     Args:
@@ -165,6 +169,8 @@ def block_keys(key: Tensor, value: Tensor, chosen: Tensor, seen: Tensor) -> Gath
         value: ``(1, b·64, d_v)``.
         chosen: ``(R, c, B)``, b for none.
         seen: ``(R, b·64)``.
+        alike: whether all blocks of queries take B blocks, hidden ones among them, so that what one
+            takes says nothing about another.
     """
     total = key.shape[1] // BLOCK
     bias = torch.zeros(seen.shape, dtype=key.dtype, device=key.device).masked_fill_(seen, -torch.inf)
@@ -175,5 +181,5 @@ def block_keys(key: Tensor, value: Tensor, chosen: Tensor, seen: Tensor) -> Gath
         value.unflatten(1, (total, BLOCK)),
         chosen.clamp(max=total - 1),
         bias[heads, chosen].flatten(2),
-        (chosen < total).sum(-1),
+        None if alike else (chosen < total).sum(-1),
     )

@@ -37,6 +37,11 @@ class Settings(NamedTuple):
         # Strictly, blocks are chosen by the queries before: the fewer share, the nearer those are.
         return QUERIES if self.blocks and not self.strict else BLOCK
 
+    @property
+    def weighs_keys(self) -> bool:
+        """Whether keys of segments have weights."""
+        return self.key_weights and self.far_field == "segments"
+
 
 def check_settings(settings: Settings) -> None:
     """Check each setting, and that they can be computed together."""

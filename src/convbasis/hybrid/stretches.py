@@ -68,7 +68,8 @@ def attend_stretches(
     low, high = key.shape[1] - query.shape[1], key.shape[1]
     own = settings[heads[0]]
     windows = [Window(settings[head].window, own.shared) for head in heads]
-    if high <= min(first_not_exact(settings[head]) for head in heads):
+    begin = min(first_not_exact(settings[head]) for head in heads)
+    if high <= begin:
         return Far(heads, None, None)
     if own.shared == 1:  # nothing but the first tokens
         if not own.sinks:
@@ -81,6 +82,10 @@ def attend_stretches(
     parts: tuple[str, ...] = ()
     for part, span in runs(spans):
         first, end = max(low, begins[part.start]), min(high, begins[part.stop - 1] + STRETCH)
+        if end <= begin:  # nothing is before any window yet
+            outputs.append(query.new_zeros((len(query), end - first, value.shape[-1])))
+            sums.append(query.new_full((len(query), end - first), -torch.inf))
+            continue
         output, lse, beyond = _of_stretches(
             query[:, first - low : end - low],
             key[:, :end],
@@ -145,7 +150,7 @@ def _of_stretches(
         ]
         chosen = stacked(of_stretches, last // BLOCK)
     weighing = None
-    if settings.key_weights:
+    if settings.weighs_keys:
         weighing = weighing_of(heads, windows, begins, before)
     beyond = keys_beyond(
         keys,

@@ -15,22 +15,29 @@ import torch
 from torch import Tensor
 
 from ..workers import share
-from .estimate import Judged, judged
+from .estimate import Judged, bound_of, judged
 from .group import Group, no_estimate
 from .look import in_order
 from .piece import merge
 from .put_down import PutDown, put_down
 from .rows import exact_rows
-from .running import STRETCH, Running, first_not_exact, rows_of_a_stretch, window_at, with_stretch
+from .running import (
+    PERIOD,
+    STRETCH,
+    Running,
+    first_not_exact,
+    rows_of_a_stretch,
+    rows_to_judge,
+    window_at,
+    with_stretch,
+)
 from .runs import runs
-from .sampling import some_rows
 from .settings import Settings
 from .stretches import Far, attend_stretches
 from .window import BLOCK, window_attention
 
-_TOGETHER = 8  # stretches that are attended together
-# Tokens of which one is a row for estimates, once there are as many as a whole prompt has, and before.
-_PERIOD, _FIRST_PERIOD = 32, 8
+# Stretches that are attended to together, at most, and keys that these have all in all.
+_TOGETHER, _KEYS = 8, 1 << 20
 
 
 def attend_strictly(
@@ -79,25 +86,26 @@ def attend_strictly(
             parts += [name for name in some.parts if name not in parts]
             keys += some.keys * len(some.heads) * (high - low)
     output, lse = rows.all()
-    found, sampled = None, 0
+    sampled = 0
     if _weighed(settings):
         sampled = rows_of_a_stretch(settings[0]) * (n // STRETCH - offset // STRETCH)
+    mean, bound = no_estimate(query)
     if estimated:
-        found, more_rows = _judged(query, key, value, output, settings, running.held, scale)
+        mean, bound, held, more_rows = _estimate(
+            query, key, value, output, settings, running.held, scale
+        )
+        known = known._replace(held=held)
         sampled += more_rows
-    if found is not None:
-        known = known._replace(held=torch.stack([found.errors, found.exact, found.own]))
-    window = sum(own.window for own in settings) / len(settings)
-    per_query = min(n, window) + keys / (len(query) * m)
+    window = sum(min(n, own.window) for own in settings) / len(settings)
+    per_query = window + keys / (len(query) * m)
     kept = min(n // STRETCH * STRETCH, max(0, n // BLOCK - 1) * BLOCK)
     left = known._replace(queries=known.earlier(slice(None), kept, n).clone(), first=kept)
-    unknown = no_estimate(query)
-    return Group(output, lse, *unknown, tuple(parts), per_query, sampled, found), left
+    return Group(output, lse, mean, bound, tuple(parts), per_query, sampled), left
 
 
 def _weighed(settings: Sequence[Settings]) -> bool:
     """Whether any head needs the weights of keys."""
-    return any(own.columns or own.key_weights for own in settings)
+    return any(own.columns or own.weighs_keys for own in settings)
 
 
 def _after(
@@ -152,14 +160,14 @@ def _attend(
     )
     share(
         [
-            partial(_put_down, rows, place, query[heads], key, value, heads, own, far, scale)
+            partial(_put_rows, rows, place, query[heads], key, value, heads, own, far, scale)
             for heads, own in runs(settings)
         ]
     )
     return far
 
 
-def _put_down(
+def _put_rows(
     rows: PutDown,
     place: int,
     query: Tensor,
@@ -201,7 +209,7 @@ def _batches(offset: int, n: int) -> list[list[int]]:
     together = False
     for begin in range(offset // STRETCH * STRETCH, n, STRETCH):
         whole = begin >= offset and begin + STRETCH <= n
-        if whole and together and len(found[-1]) < _TOGETHER:
+        if whole and together and len(found[-1]) < min(_TOGETHER, _KEYS // n):
             found[-1].append(begin)
         else:
             found.append([begin])
@@ -221,17 +229,19 @@ def _kinds(settings: Sequence[Settings]) -> list[list[int]]:
 
 
 @torch.no_grad()
-def _judged(
+def _estimate(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     output: Tensor,
     settings: Sequence[Settings],
-    held: Tensor,
+    held: Sequence[Tensor],
     scale: float,
-) -> tuple[Judged | None, int]:
-    """Return what estimates of the last rows are made of, those of earlier rows among it where the last
-    ones are few, and for how many rows attention was computed; None where all rows are exact.
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...], int]:
+    """Return the estimated errors of the last rows ``(R,)`` and their upper bounds, what is held of
+    rows afterwards, and for how many rows attention was computed.
+
+    Where the last rows have few sampled ones among them, the latest of those before count with them.
 
     Args:
         query: ``(R, m, d)``, of the last m tokens.
@@ -239,26 +249,33 @@ def _judged(
         value: ``(1, n, d_v)``.
         output: ``(R, m, d_v)``.
         settings: of each head.
-        held: ``(3, R, h)``, what is known of earlier rows.
+        held: of each head ``(4, h)``, see `Running`.
         scale: factor of the logits.
     """
-    m, n = query.shape[1], key.shape[1]
-    offset, most = n - m, 2 * settings[0].samples
-    begin = max(offset, min(map(first_not_exact, settings)))
-    if begin >= n:
-        return None, 0
-    missing = min(most - held.shape[-1], m // _FIRST_PERIOD)
-    count = min(most, max(missing, n // _PERIOD - offset // _PERIOD))
-    rows = torch.empty(0, dtype=torch.int64)
-    if count or not held.shape[-1]:
-        rows = some_rows(begin, n, max(1, count), 1, settings[0].seed)
-    rows = rows.to(query.device)
-    exact = output[:, :0]
-    if len(rows):
-        exact = exact_rows(query, key, value, rows, scale, offset)
-    own = judged(output, exact, rows, begin, offset)
-    earlier = held[..., max(0, held.shape[-1] + len(rows) - most) :]
-    errors, norms, ours = (
-        torch.cat(parts, dim=1) for parts in zip(earlier, (own.errors, own.exact, own.own), strict=True)
-    )
-    return own._replace(errors=errors, exact=norms, own=ours), len(rows)
+    n = key.shape[1]
+    offset, most = n - query.shape[1], 2 * settings[0].samples
+    mean, bound = (each.clone() for each in no_estimate(query))
+    latest, counts = [own[:, own[3] >= n - most * PERIOD] for own in held], [0]
+    alike: dict[int, list[tuple[int, Judged]]] = {}
+    for heads, first in runs([first_not_exact(own) for own in settings]):
+        begin = max(offset, first)
+        if begin >= n:
+            continue
+        needed = not latest[heads.start].shape[1]
+        rows = rows_to_judge(begin, n, first, most, settings[0].seed, needed).to(query.device)
+        counts.append(len(rows))
+        exact = output[heads, :0]
+        if len(rows):
+            exact = exact_rows(query[heads], key, value, rows, scale, offset)
+        own = judged(output[heads], exact, rows, begin, offset)
+        places = rows.double().expand(len(exact), -1)
+        found = torch.stack([own.errors, own.exact, own.own, places], 1)
+        for at, head in enumerate(range(heads.start, heads.stop)):
+            latest[head] = torch.cat([latest[head], found[at]], dim=1)[:, -most:]
+            norms = [x[None] for x in latest[head][:3]]
+            whole = [x[at, None] for x in (own.near, own.far, own.rows)]
+            alike.setdefault(latest[head].shape[1], []).append((head, Judged(*norms, *whole)))
+    for those in alike.values():
+        members = [head for head, _ in those]
+        mean[members], bound[members] = bound_of(Judged.joined([own for _, own in those]))
+    return mean, bound, tuple(latest), max(counts)

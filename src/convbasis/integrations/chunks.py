@@ -34,7 +34,7 @@ class ChunkedLayer:
             None if head.setting is None else _strictly(head.setting, n) for head in heads
         ]
         self._scale = scale
-        self._running: list[Running | None] | None = None
+        self._running: dict[tuple[int, ...], Running | None] = {}  # by sequence and heads
         self.length = 0
         """Tokens so far."""
         self._last: Tensor | None = None
@@ -53,8 +53,8 @@ class ChunkedLayer:
             query: ``(B, H, m, d)``.
             key: ``(B, H_kv, length + m, d)``.
             value: ``(B, H_kv, length + m, d_v)``.
-            tolerance: a head whose estimated error in these rows exceeds it is computed exactly in
-                them; None leaves every head as it is.
+            tolerance: a head whose estimated error in the latest rows exceeds it is computed exactly in
+                these; None leaves every head as it is.
         """
         check_qkv(query, key, value, True, past=self.length)
         batch, count, m, _ = query.shape
@@ -67,9 +67,10 @@ class ChunkedLayer:
             if as_pieces:
                 pieces += [Together(b, [head], ()) for head in alone]
             pieces += pieces_of_work(query, key, b, self._settings)
+        names = [(piece.sequence, *piece.heads) for piece in pieces]
         # As the model wants it in the end: by token, then by head.
         output = query.new_empty(batch, m, count, value.shape[-1]).transpose(1, 2)
-        found, self._running = attend_pieces(
+        found, after = attend_pieces(
             query,
             key,
             value,
@@ -77,10 +78,11 @@ class ChunkedLayer:
             self._scale,
             None,
             tolerance is not None,
-            self._running,
+            [self._running.get(name) for name in names],
             None if recorded else output,
             tolerance=tolerance if as_pieces else None,
         )
+        self._running = dict(zip(names, after, strict=True))
         exact = torch.zeros(batch, count, dtype=torch.bool)
         exact[:, alone] = True
         fallen_back = torch.zeros_like(exact)
