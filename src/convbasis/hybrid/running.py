@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..kept import kept
 from .group import lengthened
 from .joined import joined
 from .runs import runs
@@ -144,11 +145,17 @@ def rows_to_judge(begin: int, end: int, first: int, most: int, seed: int, needed
 
 def _in_periods(begin: int, end: int, period: int, seed: int) -> Tensor:
     """Return one row of each period, as far as it is among begin .. end - 1, a row for estimates."""
-    generator = torch.Generator().manual_seed(seed)
-    places = torch.randint(0, period // 2, (_DRAWN,), generator=generator)
+    places = _places(period, seed)
     periods = torch.arange(begin // period, max(begin // period, -(-end // period)))
     rows = own_rows(periods * period + 2 * places[periods % _DRAWN], 1, seed)
     return rows[(rows >= begin) & (rows < end)]
+
+
+@kept(8)
+def _places(period: int, seed: int) -> Tensor:
+    """Return a pair of rows at random in each period, by number; nobody writes to it."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, period // 2, (_DRAWN,), generator=generator)
 
 
 def _counted(window: int) -> Window:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..workers import share
-from .estimate import Judged, bound_of, judged
+from .estimate import bound_of, judged
 from .group import Group, no_estimate
 from .look import in_order
 from .piece import merge
@@ -235,7 +235,7 @@ def _estimate(
     value: Tensor,
     output: Tensor,
     settings: Sequence[Settings],
-    held: Sequence[Tensor],
+    held: tuple[Tensor, ...],
     scale: float,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...], int]:
     """Return the estimated errors of the last rows ``(R,)`` and their upper bounds, what is held of
@@ -255,13 +255,15 @@ def _estimate(
     n = key.shape[1]
     offset, most = n - query.shape[1], 2 * settings[0].samples
     mean, bound = (each.clone() for each in no_estimate(query))
-    latest, counts = [own[:, own[3] >= n - most * PERIOD] for own in held], [0]
-    alike: dict[int, list[tuple[int, Judged]]] = {}
+    after, counts = list(held), [0]
     for heads, first in runs([first_not_exact(own) for own in settings]):
         begin = max(offset, first)
         if begin >= n:
             continue
-        needed = not latest[heads.start].shape[1]
+        # Heads that are exact up to the same row have had the same rows.
+        latest = torch.stack(held[heads])
+        latest = latest[..., latest[0, 3] >= n - most * PERIOD]
+        needed = not latest.shape[-1]
         rows = rows_to_judge(begin, n, first, most, settings[0].seed, needed).to(query.device)
         counts.append(len(rows))
         exact = output[heads, :0]
@@ -270,12 +272,8 @@ def _estimate(
         own = judged(output[heads], exact, rows, begin, offset)
         places = rows.double().expand(len(exact), -1)
         found = torch.stack([own.errors, own.exact, own.own, places], 1)
-        for at, head in enumerate(range(heads.start, heads.stop)):
-            latest[head] = torch.cat([latest[head], found[at]], dim=1)[:, -most:]
-            norms = [x[None] for x in latest[head][:3]]
-            whole = [x[at, None] for x in (own.near, own.far, own.rows)]
-            alike.setdefault(latest[head].shape[1], []).append((head, Judged(*norms, *whole)))
-    for those in alike.values():
-        members = [head for head, _ in those]
-        mean[members], bound[members] = bound_of(Judged.joined([own for _, own in those]))
-    return mean, bound, tuple(latest), max(counts)
+        latest = torch.cat([latest, found], dim=-1)[..., -most:]
+        errors, norms, ours, _ = latest.unbind(1)
+        after[heads] = latest.unbind(0)
+        mean[heads], bound[heads] = bound_of(own._replace(errors=errors, exact=norms, own=ours))
+    return mean, bound, tuple(after), max(counts)
