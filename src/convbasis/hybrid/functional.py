@@ -64,7 +64,8 @@ def hybrid_attention(
             such factors. The last two cannot leave out what blocks see, so that blocks must be 0.
         num_segments: at most that many segments, of whole blocks.
         key_weights: weigh the keys of a segment, and the segments, by what sampled rows look at.
-        samples: rows of exact attention for columns and fits; the estimate takes twice as many others.
+        samples: rows of exact attention for columns and fits; the estimate takes twice as many others,
+            strictly at most one in 8.
         scale: factor of the logits; ``1/sqrt(d)`` by default.
         is_causal: must be True.
         enable_gqa: allow H to be a multiple of H_kv.
@@ -88,13 +89,13 @@ def hybrid_attention(
         used, not for training. With strict=True row i depends on tokens 0..i alone: columns and key
         weights are made for stretches of 512 tokens from rows of the stretches before, blocks chosen
         from rows of the block of queries before. What a prompt looks at is then found one stretch, or
-        one block, later; where anything is chosen, the first 512 tokens are exact. `HybridState` gives
-        the same in chunks.
+        one block, later; where there is more than a window and first tokens, the first 512 are exact.
+        `HybridState` gives the same in chunks.
 
     Complexity:
         O(n w (d + d_v)) time for w keys of each query, plus O(n^2 d / 32) for the choice of blocks and
         as much again for correction, plus O(s n d) for s samples, with strict=True for s of each
-        4,096 tokens. O(n (d + d_v)) memory; ``"conv"`` and
+        4,096 tokens, and O(n^2 d / 512) for segments. O(n (d + d_v)) memory; ``"conv"`` and
         ``"lowrank"`` take s n numbers more for each head that is at work: on a processor one for each
         thread.
 

@@ -49,7 +49,7 @@ class HybridStats(NamedTuple):
     """``(B, H)`` float64, upper bound at 95 % confidence of the relative error of a head's output
     against exact attention, in the Euclidean norm; 0 where everything is exact. Where one row in
     twenty may be off by more than half of its norm, it is at least as large as that. Errors of fewer
-    rows may go unseen."""
+    rows may go unseen. In a chunk it is about the latest rows, see `HybridState`."""
     dispatch: HybridDispatch
     """What ran."""
     error_mean: Tensor

@@ -149,10 +149,11 @@ def apply_plan(
         training: approximate in training mode too.
         chunked: the prompt may come in several calls with one cache (chunked prefill): each is
             approximated, strictly causally, with sizes as for a prompt of the calibrated length. What
-            the plan corrects by exact rows is left out, and what a prompt looks at is found later, so
-            that more heads fall back. Large chunks, of 2,048 tokens and more, gain the most. A chunk
-            counts as a prefill in the report; a chunk after decoded tokens, with padding, or of another
-            prompt than the chunk before it is exact.
+            the plan corrects by exact rows or stands for by a convolution or low rank is left out, and
+            what a prompt looks at is found later, so that more heads fall back; the first 512 tokens
+            are exact. Large chunks, of 2,048 tokens and more, gain the most. A chunk counts as a prefill
+            in the report; a chunk after decoded tokens, with padding, or of another prompt than the
+            chunk before it is exact.
         mesh: a DeviceMesh of one dimension: the tokens of every prompt are spread over its ranks, which
             call the model together, each with its own tokens and their position_ids. Each attends for
             some heads; what is not planned is exact. Whole prompts alone: no decoding, no chunks.
