@@ -151,9 +151,9 @@ def apply_plan(
             approximated, strictly causally, with sizes as for a prompt of the calibrated length. What
             the plan corrects by exact rows or stands for by a convolution or low rank is left out, and
             what a prompt looks at is found later, so that more heads fall back; the first 512 tokens
-            are exact. Large chunks, of 2,048 tokens and more, gain the most. A chunk counts as a prefill
-            in the report; a chunk after decoded tokens, with padding, or of another prompt than the
-            chunk before it is exact.
+            are exact. Large chunks, of 2,048 tokens and more, gain the most. A chunk counts as one
+            prefill in the report; one after decoded tokens, with padding, or of another prompt than
+            the chunk before it is exact.
         mesh: a DeviceMesh of one dimension: the tokens of every prompt are spread over its ranks, which
             call the model together, each with its own tokens and their position_ids. Each attends for
             some heads; what is not planned is exact. Whole prompts alone: no decoding, no chunks.
