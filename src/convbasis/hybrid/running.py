@@ -123,19 +123,23 @@ def stretch_rows(begin: int, settings: Settings, device: torch.device) -> Tensor
     return own_rows(begin + 2 * places, 0, settings.seed).to(device)
 
 
-def rows_to_judge(begin: int, end: int, first: int, most: int, seed: int, needed: bool) -> Tensor:
+def end_of_first_rows(first: int, most: int) -> int:
+    """Return where rows for estimates become few, the first of them being this one, or later."""
+    return first // PERIOD * PERIOD + most * _FIRST_PERIOD
+
+
+def rows_to_judge(begin: int, end: int, edge: int, most: int, seed: int, needed: bool) -> Tensor:
     """Return the rows of begin .. end - 1 for estimates, one at random in each period of tokens, or as
     many as there may be, evenly.
 
     Args:
         begin: first token.
         end: end of them.
-        first: the first token that is not exact: periods are short after it.
+        edge: where short periods end.
         most: rows, at most.
         seed: of the rows.
         needed: whether there must be one.
     """
-    edge = first // PERIOD * PERIOD + most * _FIRST_PERIOD
     early = _in_periods(begin, min(end, edge), _FIRST_PERIOD, seed)
     rows = torch.cat([early, _in_periods(max(begin, edge), end, PERIOD, seed)])
     if len(rows) > most or (needed and not len(rows)):

@@ -25,6 +25,7 @@ from .running import (
     PERIOD,
     STRETCH,
     Running,
+    end_of_first_rows,
     first_not_exact,
     rows_of_a_stretch,
     rows_to_judge,
@@ -255,16 +256,16 @@ def _estimate(
     n = key.shape[1]
     offset, most = n - query.shape[1], 2 * settings[0].samples
     mean, bound = (each.clone() for each in no_estimate(query))
+    fresh = [own[:, own[3] >= n - most * PERIOD] for own in held]
     after, counts = list(held), [0]
-    for heads, first in runs([first_not_exact(own) for own in settings]):
-        begin = max(offset, first)
+    alike = [
+        (max(offset, first), max(offset, end_of_first_rows(first, most)), own.shape[1])
+        for first, own in zip(map(first_not_exact, settings), fresh, strict=True)
+    ]
+    for heads, (begin, edge, known) in runs(alike):
         if begin >= n:
             continue
-        # Heads that are exact up to the same row have had the same rows.
-        latest = torch.stack(held[heads])
-        latest = latest[..., latest[0, 3] >= n - most * PERIOD]
-        needed = not latest.shape[-1]
-        rows = rows_to_judge(begin, n, first, most, settings[0].seed, needed).to(query.device)
+        rows = rows_to_judge(begin, n, edge, most, settings[0].seed, not known).to(query.device)
         counts.append(len(rows))
         exact = output[heads, :0]
         if len(rows):
@@ -272,7 +273,7 @@ def _estimate(
         own = judged(output[heads], exact, rows, begin, offset)
         places = rows.double().expand(len(exact), -1)
         found = torch.stack([own.errors, own.exact, own.own, places], 1)
-        latest = torch.cat([latest, found], dim=-1)[..., -most:]
+        latest = torch.cat([torch.stack(fresh[heads]), found], dim=-1)[..., -most:]
         errors, norms, ours, _ = latest.unbind(1)
         after[heads] = latest.unbind(0)
         mean[heads], bound[heads] = bound_of(own._replace(errors=errors, exact=norms, own=ours))
