@@ -101,7 +101,7 @@ def window_at(begin: int, settings: Settings) -> Window:
     there is more than a window and first tokens, it sees all keys.
     """
     first = begin == 0 and settings.shared > 1
-    return Window(max(settings.window, STRETCH) if first else settings.window, settings.shared)
+    return Window(STRETCH if first else settings.window, settings.shared)
 
 
 def first_not_exact(settings: Settings) -> int:

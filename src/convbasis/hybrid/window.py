@@ -13,7 +13,7 @@ from .piece import piece_attention
 
 BLOCK = 64  # tokens of a block of keys
 QUERIES = 128  # queries that choose blocks of keys together
-_KEPT = 1 << 17  # entries of a mask of rows that is kept for the next head
+_KEPT = 1 << 18  # entries of a mask of rows that is kept for the next head
 
 
 class Window(NamedTuple):
