@@ -11,7 +11,7 @@ from oracle import gen, qkv
 
 import convbasis as cb
 from convbasis.hybrid.heads import attend_pieces, pieces_of_work
-from convbasis.hybrid.running import STRETCH, stretch_rows
+from convbasis.hybrid.running import STRETCH, rows_to_judge, stretch_rows
 from convbasis.hybrid.sampling import own_rows
 from convbasis.hybrid.settings import Settings
 from convbasis.hybrid.window import BLOCK, Window
@@ -189,6 +189,33 @@ class TestOneCall:
             assert torch.equal(whole.output[:, :, :place], other.output[:, :, :place]), place
             assert torch.equal(whole.lse[:, :, :place], other.lse[:, :, :place]), place
             assert not torch.equal(whole.output[:, :, place], other.output[:, :, place])
+
+    @pytest.mark.parametrize("options", [BLOCKS, EVERYTHING, WEIGHED], ids=str)
+    def test_they_do_not_where_several_stretches_are_attended_to_together(self, options):
+        inputs = [x.requires_grad_() for x in qkv(2100, heads=2, kv_heads=1, d=8)]
+        whole = strictly(inputs, **options)
+        for place in (600, 1024, 1111, 1700):
+            changed = [x.detach().clone() for x in inputs]
+            for tensor in changed:
+                tensor[:, :, place:] = 3.0 * tensor[:, :, place:].flip(2) + 1.0
+            other = strictly(changed, **options)
+            assert torch.equal(whole.output[:, :, :place], other.output[:, :, :place]), place
+            early = whole.output[:, :, :place].square().sum() + whole.lse[:, :, :place].sum()
+            for gradient in torch.autograd.grad(early, inputs, retain_graph=True):
+                assert bool((gradient[:, :, place:] == 0).all())
+                assert bool((gradient[:, :, :place] != 0).any())
+
+    def test_gradients_where_several_stretches_are_attended_to_together(self, monkeypatch):
+        """The same as one by one."""
+        inputs = [x.requires_grad_() for x in qkv(2100, heads=2, kv_heads=1, d=8)]
+        found = []
+        for together in (8, 1):
+            monkeypatch.setattr("convbasis.hybrid.strict._TOGETHER", together)
+            output = strictly(inputs, **ALSO_WEIGHED).output
+            up = torch.randn(output.shape, generator=gen(1), dtype=output.dtype)
+            found.append([output, *torch.autograd.grad(output, inputs, up)])
+        for a, b in zip(*found, strict=True):
+            assert (a - b).abs().max() <= 1e-10 * a.abs().max()
 
     @pytest.mark.parametrize("options", [PLAIN, BLOCKS, EVERYTHING], ids=str)
     def test_one_token_changes_no_row_before_it(self, options):
@@ -464,6 +491,27 @@ class TestChunks:
             ratios.append(stats.error_mean.float() * part.norm() / (stats.output - part).norm())
         assert 0.5 < float(torch.stack(ratios).median()) < 2.0
 
+    def test_estimates_follow_what_changes(self):
+        """Queries that look for something far away from some token on, and nobody asked before."""
+        n = 7000
+        query, key, value = qkv(n, d=8, dtype=torch.float32)
+        query[:, :, 6400:] *= 4.0
+        value = 1.0 + 0.3 * value  # means are near, single keys are not
+        state = cb.HybridState(window=64, columns=8)
+        state.attend(query[:, :, :5000], key[:, :, :5000], value[:, :, :5000])
+        found = []
+        for end in (5800, 6400, n):
+            own = query[:, :, state.length : end], key[:, :, :end], value[:, :, :end]
+            found.append(state.attend_stats(*own))
+            (held,) = state._running[0].held
+            assert held.shape[1] >= 90
+            assert float(held[3].min()) >= max(5000, end - 4096)
+        assert float(found[2].error_mean) > 1.05 * float(found[1].error_mean)
+        exact = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        part = exact[:, :, 6400:]
+        error = (found[2].output - part).norm() / part.norm()
+        assert float(found[2].error_estimate) > error
+
     def test_heads_with_settings_of_their_own(self):
         """Heads of one layer that share keys, each with windows and parts of its own: as by itself."""
         n = 2600
@@ -611,6 +659,35 @@ class TestErrors:
             cb.InputError, match="keys of the 0 tokens before and of the 20 of the query"
         ):
             cb.HybridState().attend(query[:, :, 30:], key, value)
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+@pytest.mark.parametrize(
+    ("begin", "end", "most", "missing", "count"),
+    [
+        (512, 1024, 128, 128, 64),  # one in 8
+        (4096, 5120, 128, 0, 32),  # one in 32
+        (512, 4096, 128, 128, 128),  # as many as there may be
+        (700, 1900, 128, 40, 66),  # from the one to the other
+        (5000, 5001, 128, 128, 1),
+        (5000, 5020, 2, 2, 2),
+        (33, 97, 130, 77, 8),
+    ],
+)
+def test_rows_for_estimates(begin, end, most, missing, count, seed):
+    rows = rows_to_judge(begin, end, most, missing, seed)
+    assert abs(len(rows) - count) <= max(1, count // 20)
+    assert rows.tolist() == sorted(set(rows.tolist()))
+    assert bool(((rows >= begin) & (rows < end)).all())
+    if end - begin > 1:
+        assert torch.equal(own_rows(rows, 1, seed), rows)
+        half = (begin + end) // 2
+        assert abs(int((rows < half).sum()) - len(rows) / 2) <= max(1.5, len(rows) / 10)
+
+
+def test_rows_for_estimates_are_none_where_enough_is_known():
+    found = [len(rows_to_judge(n, n + 1, 128, 0, 3)) for n in range(4096, 4096 + 320)]
+    assert sum(found) == 10
 
 
 def test_sampled_rows_depend_on_place_and_seed_alone():

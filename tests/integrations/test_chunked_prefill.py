@@ -218,6 +218,17 @@ def test_what_is_known_stays_with_its_heads():
     assert worst(*found) <= 1e-5
 
 
+def test_autocast(caplog):
+    tokens = ids(700)
+    model, _ = chunked(setting=WEIGHED)
+    whole = in_chunks(model, tokens, [(0, 600), (600, 700)])
+    with torch.autocast("cpu", torch.bfloat16), caplog.at_level(logging.WARNING, "convbasis"):
+        found = in_chunks(model, tokens, [(0, 600), (600, 700)])
+    assert "another prompt" not in caplog.text
+    assert float((found - whole).norm() / whole.norm()) < 0.03
+    assert cb.plan_report(model).heads_exact == 0
+
+
 def test_weights_of_half_precision():
     tokens = ids(700)
     results = []

@@ -34,9 +34,9 @@ class HybridState:
 
     Chunks of any sizes give the rows that one call for all tokens gives, up to rounding. A state is for
     one layer and one batch of sequences without padding. It holds one weight for each key and head, the
-    last 511 queries at most, with key weights ``samples / 8`` of every 512, and four numbers for each
-    of the latest ``2 samples`` rows of estimates; not the keys and values, of which each chunk needs
-    all. ``copy.copy`` gives a state that goes on by itself, from the same tokens.
+    last 511 queries at most, with key weights ``samples / 8`` of every 512, and for each head four
+    numbers of each of the latest ``2 samples`` rows of estimates; not the keys and values, of which
+    each chunk needs all. ``copy.copy`` gives a state that goes on by itself, from the same tokens.
 
     Args:
         window: see `hybrid_attention`, as all that follow.
@@ -49,7 +49,7 @@ class HybridState:
             stretches looked at.
         samples: an eighth of them are rows of exact attention for columns and weights, in each stretch.
             Estimates are made of the latest ``2 samples`` of other rows, one in 32 tokens, one in 8
-            until there are so many.
+            until there are so many, and are at least the mean error of the chunk's own rows.
         scale: factor of the logits; ``1/sqrt(d)`` by default.
         enable_gqa: allow H to be a multiple of H_kv.
         seed: of all samples.
@@ -59,8 +59,9 @@ class HybridState:
 
     Complexity:
         For m tokens after n that of `hybrid_attention` for m queries, O((n + m) d) for checks,
-        O((m / 512 + 1) (n + m) d) for segments, O(m (n + m) d / 32) for sampled rows, and that of up to
-        63 queries more where a chunk does not begin at a multiple of 64.
+        O((m / 512 + 1) (n + m) d) for segments, O(m (n + m) d / 32) for sampled rows, of the first
+        tokens O(m (n + m) d / 8), and that of up to 63 queries more where a chunk does not begin at a
+        multiple of 64.
 
     Source:
         B4 of docs/mathematics.md.

@@ -123,27 +123,26 @@ def stretch_rows(begin: int, settings: Settings, device: torch.device) -> Tensor
     return own_rows(begin + 2 * places, 0, settings.seed).to(device)
 
 
-def end_of_first_rows(first: int, most: int) -> int:
-    """Return where rows for estimates become few, the first of them being this one, or later."""
-    return first // PERIOD * PERIOD + most * _FIRST_PERIOD
+def rows_to_judge(begin: int, end: int, most: int, missing: int, seed: int) -> Tensor:
+    """Return the rows of begin .. end - 1 for estimates: one at random in each long period of tokens,
+    in each short one as far as rows are missing. If none is there they are one row at least.
 
-
-def rows_to_judge(begin: int, end: int, edge: int, most: int, seed: int, needed: bool) -> Tensor:
-    """Return the rows of begin .. end - 1 for estimates, one at random in each period of tokens, or as
-    many as there may be, evenly.
+    They are rows that no fit has, but for a last token alone.
 
     Args:
         begin: first token.
         end: end of them.
-        edge: where short periods end.
         most: rows, at most.
+        missing: how many there are too few before.
         seed: of the rows.
-        needed: whether there must be one.
     """
+    edge = begin // PERIOD * PERIOD + missing * _FIRST_PERIOD
     early = _in_periods(begin, min(end, edge), _FIRST_PERIOD, seed)
     rows = torch.cat([early, _in_periods(max(begin, edge), end, PERIOD, seed)])
-    if len(rows) > most or (needed and not len(rows)):
-        return some_rows(begin, end, min(most, end - begin), 1, seed)
+    if len(rows) > most or begin < edge < end:  # evenly, so that no part counts for more
+        return some_rows(begin, end, min(most, len(rows)), 1, seed)
+    if not len(rows) and missing == most:
+        return some_rows(begin, end, 1, 1, seed)
     return rows
 
 

@@ -68,8 +68,8 @@ def attend_stretches(
     low, high = key.shape[1] - query.shape[1], key.shape[1]
     own = settings[heads[0]]
     windows = [Window(settings[head].window, own.shared) for head in heads]
-    begin = min(first_not_exact(settings[head]) for head in heads)
-    if high <= begin:
+    not_exact = min(first_not_exact(settings[head]) for head in heads)
+    if high <= not_exact:
         return Far(heads, None, None)
     if own.shared == 1:  # nothing but the first tokens
         if not own.sinks:
@@ -82,7 +82,7 @@ def attend_stretches(
     parts: tuple[str, ...] = ()
     for part, span in runs(spans):
         first, end = max(low, begins[part.start]), min(high, begins[part.stop - 1] + STRETCH)
-        if end <= begin:  # nothing is before any window yet
+        if end <= not_exact:  # nothing is before any window yet
             outputs.append(query.new_zeros((len(query), end - first, value.shape[-1])))
             sums.append(query.new_full((len(query), end - first), -torch.inf))
             continue

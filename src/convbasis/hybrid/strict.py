@@ -25,7 +25,6 @@ from .running import (
     PERIOD,
     STRETCH,
     Running,
-    end_of_first_rows,
     first_not_exact,
     rows_of_a_stretch,
     rows_to_judge,
@@ -259,22 +258,25 @@ def _estimate(
     fresh = [own[:, own[3] >= n - most * PERIOD] for own in held]
     after, counts = list(held), [0]
     alike = [
-        (max(offset, first), max(offset, end_of_first_rows(first, most)), own.shape[1])
-        for first, own in zip(map(first_not_exact, settings), fresh, strict=True)
+        (max(offset, first_not_exact(own)), latest.shape[1])
+        for own, latest in zip(settings, fresh, strict=True)
     ]
-    for heads, (begin, edge, known) in runs(alike):
+    for heads, (begin, known) in runs(alike):
         if begin >= n:
             continue
-        rows = rows_to_judge(begin, n, edge, most, settings[0].seed, not known).to(query.device)
+        rows = rows_to_judge(begin, n, most, most - known, settings[0].seed).to(query.device)
         counts.append(len(rows))
         exact = output[heads, :0]
         if len(rows):
             exact = exact_rows(query[heads], key, value, rows, scale, offset)
-        own = judged(output[heads], exact, rows, begin, offset)
+        new = judged(output[heads], exact, rows, begin, offset)
         places = rows.double().expand(len(exact), -1)
-        found = torch.stack([own.errors, own.exact, own.own, places], 1)
-        latest = torch.cat([torch.stack(fresh[heads]), found], dim=-1)[..., -most:]
-        errors, norms, ours, _ = latest.unbind(1)
+        norms = torch.stack([new.errors, new.exact, new.own, places], 1)
+        latest = torch.cat([torch.stack(fresh[heads]), norms], dim=-1)[..., -most:]
         after[heads] = latest.unbind(0)
-        mean[heads], bound[heads] = bound_of(own._replace(errors=errors, exact=norms, own=ours))
+        errors, exact_norms, own_norms, _ = latest.unbind(1)
+        pooled = new._replace(errors=errors, exact=exact_norms, own=own_norms)
+        mean[heads], bound[heads] = bound_of(pooled)
+        if known and len(rows):  # what has begun to go wrong is not to be hidden by what was right
+            bound[heads] = bound[heads].fmax(bound_of(new)[0])
     return mean, bound, tuple(after), max(counts)

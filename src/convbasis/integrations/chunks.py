@@ -44,7 +44,9 @@ class ChunkedLayer:
         last = self._last
         if last is None or offset != self.length or last.shape[:2] != key.shape[:2]:
             return False
-        return torch.equal(last, key[:, :, offset - last.shape[2] : offset])
+        earlier = key[:, :, offset - last.shape[2] : offset]
+        # The cache may hold them in another type than they are attended to in.
+        return last.device == key.device and torch.equal(last, earlier.to(last.dtype))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, tolerance: float | None) -> Prefill:
         """Return causal attention of the next tokens over all so far.
@@ -94,7 +96,7 @@ class ChunkedLayer:
             if tolerance is not None:
                 fallen_back[b, members] = ~(group.bound <= tolerance).cpu()
         self.length += m
-        self._last = key[:, :, -_KNOWN:].clone()
+        self._last = key[:, :, -_KNOWN:].detach().clone()
         left = torch.zeros_like(exact) if as_pieces else exact | fallen_back
         for row, again in enumerate(left.tolist()):
             members = [head for head in range(count) if again[head]]
