@@ -754,7 +754,31 @@ def chunk_bounds(options: argparse.Namespace) -> None:
             f"| {size:,} | {len(chunk):,} | {float((latest >= 1).double().mean()):.1%} "
             f"| {float((chunk >= 1).double().mean()):.1%} | {float(latest.median()):.2f} |"
         )
-    _save(options.folder / "pretrained-chunk-bounds.json", rows)
+    for row in rows:
+        ratios = torch.tensor(row.pop("ratios"))
+        row |= {
+            "heads": len(ratios),
+            "hold": int((ratios >= 1).sum()),
+            "median": float(ratios.median()),
+        }
+    _save(options.folder / "pretrained-chunk-bounds.json", _together(rows))
+
+
+def _together(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The bounds of all chunks of a text, layer, setting and size as one row."""
+    kind = ("n", "text", "layer", "setting", "size", "of")
+    alike: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        alike.setdefault(tuple(row[name] for name in kind), []).append(row)
+    return [
+        {
+            **dict(zip(kind, key, strict=True)),
+            "bounds": sum(row["heads"] for row in own),
+            "hold": sum(row["hold"] for row in own),
+            "medians": [round(row["median"], 3) for row in own],
+        }
+        for key, own in alike.items()
+    ]
 
 
 def _chunks_table(rows: list[dict[str, Any]]) -> None:
