@@ -65,6 +65,15 @@ def in_chunks(inputs, ends, **options):
     return torch.cat(outputs, 2), torch.cat(sums, 2), state
 
 
+def one_heavy_key(n, place):
+    """Queries that all look at one key."""
+    query, key, value = qkv(n, d=8, dtype=torch.float32)
+    query[..., 0] = 6.0
+    key[..., 0] = 0.0
+    key[:, :, place, 0] = 9.0
+    return query, key, value
+
+
 def ends_of(size, n=N):
     return [*range(size, n, size), n]
 
@@ -269,10 +278,7 @@ class TestOneCall:
         assert_close(one, other, whole=1e-12, row=1e-11)
 
     def test_a_heavy_column_is_found_a_stretch_later(self):
-        query, key, value = qkv(1500, d=8, dtype=torch.float32)
-        query[..., 0] = 6.0
-        key[..., 0] = 0.0
-        key[:, :, 600, 0] = 9.0
+        query, key, value = one_heavy_key(1500, 600)
         options = {"window": 64, "sinks": 0, "columns": 2, "strict": True}
         output = cb.hybrid_attention(query, key, value, **options)
         exact = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
@@ -294,10 +300,7 @@ class TestOneCall:
 
     def test_a_column_is_found_while_it_is_in_the_windows(self):
         """A key counts in rows a block after it, though their windows still hold it."""
-        query, key, value = qkv(1100, d=8, dtype=torch.float32)
-        query[..., 0] = 6.0
-        key[..., 0] = 0.0
-        key[:, :, 300, 0] = 9.0
+        query, key, value = one_heavy_key(1100, 300)
         options = {"window": 450, "sinks": 0, "columns": 2, "strict": True}
         output = cb.hybrid_attention(query, key, value, **options)
         exact = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)

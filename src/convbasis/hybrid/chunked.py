@@ -64,7 +64,7 @@ class HybridState:
         multiple of 64.
 
     Source:
-        B4 of docs/mathematics.md.
+        "Choosing causally" of docs/mathematics.md.
 
     Example:
         >>> import torch, convbasis as cb
